@@ -1,0 +1,59 @@
+"""What a person sees while work goes on: log lines, progress bars, tables. Only the main process speaks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def is_main_process() -> bool:
+    """True in the process of rank 0, also before any process group exists."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def get_logger(name: str) -> logging.Logger:
+    """A logger under `hf_distill`; the command line prints these at level INFO, a library user decides."""
+    return logging.getLogger(name)
+
+
+def start_logging(level: int = logging.INFO) -> None:
+    """Prints the log of `hf_distill` on standard error, as the command line does."""
+    logger = logging.getLogger("hf_distill")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(level if is_main_process() else logging.ERROR)
+
+
+def progress(items: Iterable | None = None, *, total: int | None = None, label: str, unit: str = "it") -> Any:
+    """A tqdm bar on the main process; silent when standard error is not a terminal and `HF_DISTILL_PROGRESS` is 0."""
+    from tqdm.auto import tqdm
+
+    disable = not is_main_process() or os.environ.get("HF_DISTILL_PROGRESS") == "0"
+    quiet = not sys.stderr.isatty()
+    return tqdm(
+        items, total=total, desc=label, unit=unit, disable=disable, leave=not quiet, mininterval=10 if quiet else 0.1
+    )
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints a table on standard output; every column but the first is right-aligned."""
+    if not is_main_process():
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="left" if position == 0 else "right", no_wrap=position == 0)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(table)
