@@ -1,0 +1,44 @@
+"""The maths of every loss, as plain functions of tensors: scores in, a scalar out.
+
+Shared conventions: `Q` queries, `C` candidates; a boolean `mask` is True for candidates that count; everything is
+computed in float32 at least, also under autocast; the mean runs over queries unless the paper says otherwise.
+"""
+
+from __future__ import annotations
+
+from hf_distill.losses.calibration import CALIBRATIONS, calibrate, check_teacher_scores, fit_temperature
+from hf_distill.losses.combine import CANDIDATES, LOSSES, Loss, LossTerm, combine, parse_terms
+from hf_distill.losses.contrastive import contrastive_loss
+from hf_distill.losses.dkd import dkd_loss
+from hf_distill.losses.embedding_mse import embedding_mse_loss
+from hf_distill.losses.false_negatives import known_negatives_mask
+from hf_distill.losses.flops import flops_loss
+from hf_distill.losses.kl import kl_loss
+from hf_distill.losses.layer_alignment import layer_alignment_loss
+from hf_distill.losses.margin_mse import margin_mse_loss
+from hf_distill.losses.maxsim import maxsim
+from hf_distill.losses.rank_consistency import rank_consistency_loss
+
+
+__all__ = [
+    "CALIBRATIONS",
+    "CANDIDATES",
+    "LOSSES",
+    "Loss",
+    "LossTerm",
+    "calibrate",
+    "check_teacher_scores",
+    "combine",
+    "contrastive_loss",
+    "dkd_loss",
+    "embedding_mse_loss",
+    "fit_temperature",
+    "flops_loss",
+    "kl_loss",
+    "known_negatives_mask",
+    "layer_alignment_loss",
+    "margin_mse_loss",
+    "maxsim",
+    "parse_terms",
+    "rank_consistency_loss",
+]

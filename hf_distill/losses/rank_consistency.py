@@ -1,0 +1,55 @@
+"""LED's pairwise loss: do not order two candidates the other way round than the teacher."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_distill.losses.numerics import check_shapes, full_precision, masked_mean
+
+
+@full_precision
+def rank_consistency_loss(
+    student_scores: Tensor,
+    teacher_scores: Tensor,
+    include_positive: bool = True,
+    margin: float = 0.0,
+    min_teacher_gap: float = 0.0,
+    *,
+    mask: Tensor | None = None,
+) -> Tensor:
+    r"""Hinge on the student's difference for every pair of candidates that the teacher puts in an order.
+
+    Zhang et al., "LED: Lexicon-Enlightened Dense Retriever for Large-Scale Retrieval" (2023):
+
+    $$L = \frac{1}{|P|} \sum_{(i, a, b) \in P} \max(0, m - (s_{ia} - s_{ib})), \quad
+      P = \{(i, a, b) : t_{ia} - t_{ib} \ge g\}$$
+
+    The mean runs over the pooled pairs of all queries, not first within each query. Each unordered pair counts once;
+    where the teacher ties, the candidate in the earlier column counts as the better one.
+
+    Args:
+        student_scores: Float[Q, C], each query's own candidates, the positive in column 0.
+        teacher_scores: Float[Q, C].
+        include_positive: False leaves column 0 out of the pairs.
+        margin: m, in units of the student's scores; 0 punishes inversions alone.
+        min_teacher_gap: g, in units of the teacher's scores: pairs closer than this do not count.
+        mask: Bool[Q, C], True keeps a candidate; a pair needs both.
+
+    Returns:
+        A scalar; 0 if there is no pair.
+    """
+    check_shapes(student_scores, teacher_scores, mask)
+    if mask is not None:
+        # Emptied first: a masked cell may hold NaN, which would survive the multiplication with a zero gradient.
+        student_scores = student_scores.masked_fill(~mask, 0.0)
+        teacher_scores = teacher_scores.masked_fill(~mask, 0.0)
+    first = 0 if include_positive else 1
+    columns = student_scores.shape[1]
+    a, b = torch.triu_indices(columns - first, columns - first, offset=1, device=student_scores.device) + first
+    gaps = teacher_scores[:, a] - teacher_scores[:, b]
+    pairs = gaps.abs() >= min_teacher_gap
+    if mask is not None:
+        pairs = pairs & mask[:, a] & mask[:, b]
+    differences = torch.where(gaps >= 0, 1.0, -1.0) * (student_scores[:, a] - student_scores[:, b])
+    return masked_mean(torch.relu(margin - differences), pairs)
