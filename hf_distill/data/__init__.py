@@ -1,0 +1,21 @@
+"""From the Hub or from files to batches: collections, row sets, sampling, collators."""
+
+from __future__ import annotations
+
+from hf_distill.lazy import attach
+
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "tables": ["Corpus", "DEFAULT_TEMPLATE", "Queries", "TextTable", "render_passage"],
+        "qrels": ["PositiveIndex", "Qrels"],
+        "run": ["Run", "load_trec", "load_trec_qrels", "write_trec_qrels"],
+        "collection": ["Collection", "add_row_set", "load_collection", "save_collection"],
+        "rows": ["RowSet"],
+        "columns": ["rows_from_columns"],
+        "negatives": ["EpochSampler", "Example", "TrainingRows"],
+        "collators": ["RetrievalCollator", "token_batch"],
+        "demo": ["build_demo_collection"],
+    },
+)

@@ -1,0 +1,208 @@
+"""Reading tables of any supported file as blocks of columns that know which line or row each value came from."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from hf_distill.data.arrow import BLOCK_ROWS
+from hf_distill.errors import InputError
+
+
+TEXT_SUFFIXES = (".jsonl", ".json", ".tsv", ".csv")
+SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
+
+# A block also ends when its text reaches this size, so that long documents do not swell it.
+BLOCK_CHARACTERS = 16 * 2**20
+
+
+@dataclass
+class Block:
+    """Rows that follow one another in a file.
+
+    Attributes:
+        columns: By name, a list of Python values or an Arrow array.
+        where: The file or data set, for messages.
+        first: The number of the first row in its file, from 1.
+        unit: `"line"` for text files, else `"row"`.
+    """
+
+    columns: dict[str, Sequence[Any]]
+    where: str
+    first: int
+    unit: str
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()))) if self.columns else 0
+
+    def place(self, index: int) -> str:
+        """`"corpus.jsonl.gz, line 17"` for the row `index` of this block."""
+        return f"{self.where}, {self.unit} {self.first + index}"
+
+
+def file_kind(path: str | Path) -> str | None:
+    """The suffix that decides how a file is read (`".jsonl"` for `corpus.jsonl.gz`), `None` if no reader fits."""
+    name = Path(path).name.lower().removesuffix(".gz")
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+
+
+def read_blocks(path: str | Path, *, required: Sequence[str] = ()) -> Iterator[Block]:
+    """Reads `.jsonl`, `.json` (one object a line), `.tsv`, `.csv` (each also `.gz`) and `.parquet` block by block.
+
+    Args:
+        path: The file.
+        required: Column names that must be present in every JSON line; an absent key is an error that names the line.
+
+    Raises:
+        InputError: Unknown suffix, broken compression, bytes that are not UTF-8, malformed lines; the message names
+            file and line.
+    """
+    path = Path(path)
+    kind = file_kind(path)
+    if kind == ".parquet":
+        yield from _parquet_blocks(path)
+    elif kind in (".jsonl", ".json"):
+        yield from _json_blocks(path, required)
+    elif kind in (".tsv", ".csv"):
+        yield from _separated_blocks(path, "\t" if kind == ".tsv" else ",")
+    else:
+        raise InputError(
+            f"no reader for a file named {path.name!r}",
+            where=str(path),
+            cure=f"Use one of {', '.join(SUFFIXES)}; the text formats may be compressed as .gz",
+        )
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """Line numbers from 1 and decoded lines without their line ends; blank lines are passed over.
+
+    Only `\\n` and `\\r\\n` end a line, so that a text may hold other Unicode line separators.
+    """
+    path = Path(path)
+    number = 0
+    try:
+        with open(path, "rb") as plain:
+            compressed = plain.read(2) == b"\x1f\x8b"
+            plain.seek(0)
+            stream = gzip.GzipFile(fileobj=plain) if compressed else plain
+            for number, line in enumerate(io.BufferedReader(stream, 2**20) if compressed else stream, start=1):
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise InputError(
+                        f"byte {error.start + 1} of the line ({error.object[error.start : error.start + 1]!r}) is not UTF-8",
+                        where=f"{path}, line {number}",
+                        cure="Convert the file to UTF-8, for example with iconv -f latin1 -t utf-8",
+                    ) from None
+                text = text.rstrip("\r\n")
+                if text:
+                    yield number, text
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        problem = "the compressed file ends too early" if isinstance(error, EOFError) else f"broken gzip ({error})"
+        raise InputError(
+            f"{problem} after line {number}", where=str(path), cure="Copy or download the file again; it is incomplete"
+        ) from None
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror or error})", where=str(path), cure="Check the path") from None
+
+
+def _json_blocks(path: Path, required: Sequence[str]) -> Iterator[Block]:
+    records: list[dict] = []
+    first, size = 1, 0
+
+    def flush() -> Block:
+        names = dict.fromkeys(name for record in records for name in record)
+        return Block({name: [record.get(name) for record in records] for name in names}, str(path), first, "line")
+
+    for number, line in read_lines(path):
+        # A blank line breaks the run of line numbers, and with it the block.
+        if records and (
+            number != first + len(records) or len(records) >= BLOCK_ROWS or size + len(line) > BLOCK_CHARACTERS
+        ):
+            yield flush()
+            records, size = [], 0
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            detail = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+            raise InputError(
+                f"not a JSON object ({detail}): {line[:80]!r}",
+                where=f"{path}, line {number}",
+                cure="Mend or remove the line; every line must be one JSON object",
+            ) from None
+        if not isinstance(record, dict):
+            raise InputError(
+                f"a JSON {type(record).__name__} where an object is expected: {line[:80]!r}",
+                where=f"{path}, line {number}",
+                cure="Every line must be one JSON object such as {\"_id\": ..., \"text\": ...}",
+            )
+        for name in required:
+            if name not in record:
+                raise InputError(
+                    f"the field {name!r} is missing (found: {', '.join(map(repr, record)) or 'none'})",
+                    where=f"{path}, line {number}, field {name!r}",
+                    cure="Add the field to this line or remove the line",
+                )
+        if not records:
+            first = number
+        records.append(record)
+        size += len(line)
+    if records:
+        yield flush()
+
+
+def _separated_blocks(path: Path, separator: str) -> Iterator[Block]:
+    header: list[str] | None = None
+    rows: list[list[str]] = []
+    first = 1
+
+    def flush() -> Block:
+        return Block({name: list(column) for name, column in zip(header, zip(*rows))}, str(path), first, "line")
+
+    for number, line in read_lines(path):
+        # Tab-separated files of this field are not quoted: a text may begin with a quotation mark.
+        cells = line.split("\t") if separator == "\t" else next(csv.reader([line]))
+        if header is None:
+            header = [cell.strip() for cell in cells]
+            continue
+        if len(cells) != len(header):
+            raise InputError(
+                f"{len(cells)} fields where the header has {len(header)} ({', '.join(header)}): {line[:80]!r}",
+                where=f"{path}, line {number}",
+                cure="Every line must have the header's fields, separated by " + ("tabs" if separator == "\t" else "commas"),
+            )
+        if rows and (number != first + len(rows) or len(rows) >= BLOCK_ROWS):
+            yield flush()
+            rows = []
+        if not rows:
+            first = number
+        rows.append(cells)
+    if header is None:
+        raise InputError("the file is empty", where=str(path), cure="It needs a header line and at least one row")
+    yield flush() if rows else Block({name: [] for name in header}, str(path), 2, "line")
+
+
+def _parquet_blocks(path: Path) -> Iterator[Block]:
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            first = 1
+            for batch in file.iter_batches(batch_size=BLOCK_ROWS):
+                yield Block({name: batch.column(name) for name in batch.schema.names}, str(path), first, "row")
+                first += batch.num_rows
+            if first == 1:
+                yield Block({field.name: pa.array([], field.type) for field in file.schema_arrow}, str(path), 1, "row")
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            f"not a readable parquet file ({error})", where=str(path), cure="Copy or download the file again"
+        ) from None
