@@ -1,1 +1,16 @@
+"""Trainers on [`~transformers.Trainer`], each with its configuration beside it."""
+
 from __future__ import annotations
+
+from ..lazy import attach
+
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "arguments": ["DistillTrainingArguments", "RetrievalTrainingArguments"],
+        "base": ["BaseTrainer"],
+        "distill": ["DistillTrainer"],
+        "retrieval": ["RetrievalTrainer"],
+    },
+)

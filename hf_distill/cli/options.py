@@ -1,0 +1,201 @@
+"""What the verbs can be told. Imports nothing heavy: these classes are what `--help` prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+def _option(default, help_text: str, **metadata):
+    return field(default=default, metadata={"help": help_text, **metadata})
+
+
+@dataclass
+class DataOptions:
+    """Which collection, and which parts of it."""
+
+    _argument_group_name = "data"
+
+    data: str | None = _option(
+        None, "The collection: a folder or Hub id in this project's layout, or in that of BEIR or MTEB."
+    )
+    data_revision: str | None = _option(None, "Branch, tag or commit of a collection on the Hub.")
+    train_split: str = _option("train", "Judgements to train on.")
+    eval_split: str | None = _option(
+        None, "Judgements for evaluation during training. Default: dev where there is one."
+    )
+    test_split: str | None = _option(None, "Judgements for the final table. Default: test where there is one.")
+    cache_dir: str | None = _option(
+        None, "Where embeddings, scores and indexes are kept. Default: $HF_DISTILL_CACHE or ~/.cache/hf_distill."
+    )
+
+
+@dataclass
+class RowOptions:
+    """The training rows, and how to make them where there are none."""
+
+    _argument_group_name = "training rows"
+
+    rows: str | None = _option(
+        None, "A row set: a name in the collection, or a folder. Default: mined now, as the options below say."
+    )
+    mine_with: str = _option(
+        "auto",
+        "Who finds the candidates: auto (a bi-encoder teacher, else bm25), bm25, teacher, student, "
+        "or a model id or folder.",
+    )
+    mine_depth: int = _option(200, "Passages retrieved for each query.")
+    mine_negatives: int = _option(30, "Negatives kept for each query.")
+    mine_window: str = _option("1,200", "First and last rank that negatives are taken from.")
+    mine_margin: float | None = _option(
+        None, "Drop candidates that score above the positive minus this margin (false negatives, probably)."
+    )
+    mine_relative_margin: float | None = _option(
+        None, "Drop candidates that score above the positive times (1 - margin), 0.05 say."
+    )
+    mine_sampling: str = _option("top", "Take the best of the window or a seeded sample.", choices=["top", "random"])
+    max_queries: int | None = _option(None, "Train on this many queries, a seeded sample. Default: all.")
+
+
+@dataclass
+class ModelOptions:
+    """How a model reads and compares texts. Default: as its checkpoint says."""
+
+    _argument_group_name = "model"
+
+    pooling: str | None = _option(None, "How token vectors become one vector: cls, mean or last.")
+    normalize: bool | None = _option(None, "Scale embeddings to length 1.")
+    similarity: str | None = _option(None, "Dot product or cosine: dot, cosine.")
+    temperature: float | None = _option(
+        None, "Scores are divided by it in training. Default: 0.05 for unit vectors, else 1."
+    )
+    query_prompt: str | None = _option(None, "Text put before every query.")
+    passage_prompt: str | None = _option(None, "Text put before every passage.")
+    query_length: int | None = _option(None, "Longest query, in tokens.")
+    passage_length: int | None = _option(None, "Longest passage (for a ranker: pair), in tokens.")
+    template: str | None = _option(None, "How title and text become one string. Default: '{title} {text}'.")
+    projection_dim: int | None = _option(None, "Size of a projection after pooling. Default: none.")
+    tied: bool | None = _option(None, "One tower for queries and passages (true) or two (false).")
+
+
+@dataclass
+class TrainOptions:
+    """What to train."""
+
+    _argument_group_name = "what to train"
+
+    model: str | None = _option(None, "Hub id or folder to start from; 'layers:N' is not for this verb.")
+    model_revision: str | None = _option(None, "Its branch, tag or commit.")
+    kind: str | None = _option(None, "dense or cross_encoder. Default: what the checkpoint is.")
+
+
+@dataclass
+class StudentOptions:
+    """Who teaches whom."""
+
+    _argument_group_name = "teacher and student"
+
+    teacher: list[str] | None = _option(
+        None, "One teacher or several: Hub ids or folders of bi-encoders or cross-encoders; column:NAME of the rows."
+    )
+    teacher_revision: str | None = _option(None, "Branch, tag or commit of the (first) teacher.")
+    teacher_mode: str = _option(
+        "cached", "cached: embeddings or scores are computed once; live: the teacher reads every batch."
+    )
+    teacher_dtype: str = _option("auto", "Precision of the teacher: auto, float32 or bfloat16.")
+    student: str | None = _option(
+        None, "layers:N, layers:N:last or layers:N:even of the first bi-encoder teacher, or any Hub id or folder."
+    )
+    student_revision: str | None = _option(None, "Its branch, tag or commit.")
+    no_teacher_baseline: bool = _option(
+        True, "Also train the student on the same rows and steps without a teacher: only the difference counts."
+    )
+    plan_only: bool = _option(False, "Print the plan and its estimate, and stop.")
+
+
+@dataclass
+class EncodeOptions:
+    """How models are run outside training."""
+
+    _argument_group_name = "encoding and scoring"
+
+    dtype: str = _option("auto", "auto (bfloat16 where the hardware is fast at it), float32 or bfloat16.")
+    storage: str = _option("float32", "Precision of stored embeddings: float32 or float16.")
+    token_budget: int | None = _option(None, "Tokens of a batch. Default: what suits the device.")
+    index: str = _option("Flat", "Flat (exact) or any FAISS factory string.")
+
+
+@dataclass
+class MineOptions:
+    """What to mine with, and where the rows go."""
+
+    _argument_group_name = "mining"
+
+    model: str | None = _option(None, "Who finds the candidates: a Hub id or folder of a bi-encoder, or bm25.")
+    model_revision: str | None = _option(None, "Its branch, tag or commit.")
+    run: str | None = _option(None, "Take the candidates of this TREC run instead.")
+    include_unlabelled: bool = _option(False, "Also make rows for queries without a positive.")
+    filter_teacher: str | None = _option(
+        None, "A model whose scores the margin refers to instead of the retriever's: false negatives are found by it."
+    )
+    name: str | None = _option(None, "Name of the row set. Default: the model's.")
+    seed: int = _option(42, "Of sampling.")
+    output_dir: str | None = _option(
+        None, "Folder of the row set. Default: inside the collection, if that is a folder in this project's layout."
+    )
+
+
+@dataclass
+class ScoreOptions:
+    """Whose scores, and of which rows."""
+
+    _argument_group_name = "scoring"
+
+    model: str | None = _option(None, "The teacher: a Hub id or folder of a bi-encoder or cross-encoder.")
+    model_revision: str | None = _option(None, "Its branch, tag or commit.")
+    run: str | None = _option(None, "Take the scores from this TREC run instead.")
+    rows: str | None = _option(None, "The row set: a name in the collection, or a folder.")
+    column: str = _option("scores", "Column to write: scores (the primary teacher's) or scores_NAME.")
+    output_dir: str | None = _option(None, "Folder for the scored rows. Default: the row set's own.")
+
+
+@dataclass
+class EvaluateOptions:
+    """What to measure."""
+
+    _argument_group_name = "evaluation"
+
+    model: list[str] | None = _option(
+        None, "Hub ids or folders of bi-encoders and cross-encoders, bm25, or TREC runs (*.trec)."
+    )
+    names: list[str] | None = _option(None, "Their names in the table. Default: made from the ids.")
+    split: str = _option("test", "Judgements to use.")
+    measures: str = _option("nDCG@10,RR@10,R@100", "nDCG, RR, AP and R at any cut-off.")
+    depth: int = _option(100, "Passages retrieved for each query.")
+    rerank: str = _option("bm25", "Whose passages a cross-encoder re-ranks: bm25, or a model id or folder.")
+    relevance: int = _option(1, "Lowest grade that counts as relevant.")
+    output_dir: str | None = _option(None, "Folder for metrics.json, runs, per-query figures and plots.")
+
+
+@dataclass
+class SearchOptions:
+    """What to look for."""
+
+    _argument_group_name = "search"
+
+    model: str | None = _option(None, "Hub id or folder of a bi-encoder, or bm25.")
+    query: str | None = _option(None, "The question. Without it, questions are read line by line.")
+    top: int = _option(5, "Passages to show.")
+    width: int = _option(300, "Characters of each passage to show.")
+
+
+@dataclass
+class DemoOptions:
+    """The size of the demonstration."""
+
+    _argument_group_name = "demonstration"
+
+    output_dir: str = _option("outputs/demo", "Folder for the collection, the student and the figures.")
+    num_passages: int = _option(8000, "Functions and classes whose documentation is collected.")
+    seed: int = _option(13, "Of the collection and of training.")
+    teacher: str = _option("sentence-transformers/all-MiniLM-L6-v2", "The teacher.")
+    student: str = _option("layers:3", "The student.")

@@ -1,0 +1,171 @@
+"""From a YAML file and flags to option objects; a flag wins over the file."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+import typing
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One thing that `hf-distill` does.
+
+    Args:
+        name: As it is typed.
+        summary: One line for `--help`.
+        options: Option classes without heavy imports, for `--help`.
+        arguments: Makes the classes that are parsed in a run; it may import heavily.
+        run: Does the work, given an instance of each class of `arguments`.
+        example: A command line for `--help`.
+    """
+
+    name: str
+    summary: str
+    options: tuple[type, ...]
+    run: Callable[..., Any]
+    arguments: Callable[[], tuple[type, ...]] | None = None
+    example: str = ""
+
+
+def _parser(verb: Verb, classes: Sequence[type]):
+    from transformers.hf_argparser import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str):
+            raise InputError(message, cure=f"See hf-distill {verb.name} --help")
+
+    epilog = f"example:\n  {verb.example}\n" if verb.example else ""
+    if verb.arguments is not None:
+        epilog += "\nEvery field of transformers.TrainingArguments is a flag too; --help_all lists them.\n"
+    parser = Parser(
+        classes,
+        prog=f"hf-distill {verb.name}",
+        description=verb.summary,
+        epilog=epilog,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="A YAML file with any of these fields; flags win.")
+    return parser
+
+
+def parse(verb: Verb, argv: Sequence[str]) -> list[Any]:
+    """Parses the command line of a verb.
+
+    Returns:
+        An instance of each class of `verb.arguments` (or `verb.options`).
+
+    Raises:
+        InputError: For an unknown field or a value that does not fit, naming the file or flag.
+    """
+    argv = list(argv)
+    if "--help" in argv or "-h" in argv:
+        _parser(verb, verb.options).print_help()
+        raise SystemExit(0)
+    classes = verb.arguments() if verb.arguments is not None else verb.options
+    parser = _parser(verb, classes)
+    if "--help_all" in argv:
+        parser.print_help()
+        raise SystemExit(0)
+    config = _take_config(argv)
+    fields = {field.name: field for cls in classes for field in dataclasses.fields(cls) if field.init}
+    from_file = _flags_of_file(config, fields) if config is not None else []
+    _check_flags(argv, fields)
+    *parsed, _ = parser.parse_args_into_dataclasses([*from_file, *argv], look_for_args_file=False)
+    return parsed
+
+
+def _take_config(argv: list[str]) -> Path | None:
+    for position, word in enumerate(argv):
+        if word == "--config" and position + 1 < len(argv):
+            path = Path(argv[position + 1])
+            del argv[position : position + 2]
+        elif word.startswith("--config="):
+            path = Path(word.partition("=")[2])
+            del argv[position]
+        else:
+            continue
+        if not path.is_file():
+            raise InputError(f"there is no file {path}", where="--config", cure="Give the path of a YAML file")
+        return path
+    return None
+
+
+def _unknown(name: str, known: Sequence[str], where: str) -> InputError:
+    close = difflib.get_close_matches(name, known, n=3)
+    cure = f"Did you mean {' or '.join(close)}" if close else "See --help and --help_all for the fields"
+    return InputError(f"unknown field {name!r}", where=where, cure=cure)
+
+
+def _check_flags(argv: Sequence[str], fields: dict[str, Any]) -> None:
+    for word in argv:
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].replace("-", "_")
+            if name not in fields and name.removeprefix("no_") not in fields:
+                raise _unknown(name, list(fields), "command line")
+
+
+def _flags_of_file(path: Path, fields: dict[str, Any]) -> list[str]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"not readable as YAML: {error}", where=str(path)) from error
+    if content is None:
+        return []
+    if not isinstance(content, dict):
+        cure = "Write lines such as 'learning_rate: 2e-5'"
+        raise InputError("must map fields to values", where=str(path), cure=cure)
+    flags = []
+    for name, value in content.items():
+        name = str(name).replace("-", "_")
+        if name not in fields:
+            raise _unknown(name, list(fields), f"{path}, field {name!r}")
+        flags += _flag(name, value, fields[name])
+    return flags
+
+
+def _flag(name: str, value: Any, field: dataclasses.Field) -> list[str]:
+    if value is None:
+        return []
+    is_list = "list[" in str(field.type) and not isinstance(field.type, type)
+    is_list = is_list or typing.get_origin(field.type) is list
+    if isinstance(value, list) and is_list:
+        return [f"--{name}", *map(str, value)]
+    if isinstance(value, bool):
+        return [f"--{name}={str(value).lower()}"]
+    if isinstance(value, (dict, list)):
+        return [f"--{name}={json.dumps(value)}"]
+    return [f"--{name}={value}"]
+
+
+def require(options: Any, verb: str, **what: str) -> None:
+    """Raises [`InputError`] that lists all fields of `options` that are still None.
+
+    Args:
+        options: The option object.
+        verb: For the message.
+        what: Field names and what each is, with an example.
+    """
+    missing = [f"--{name} ({text})" for name, text in what.items() if getattr(options, name) is None]
+    if missing:
+        raise InputError(
+            f"hf-distill {verb} still needs {' and '.join(missing)}", cure=f"See hf-distill {verb} --help"
+        )
+
+
+def exit_with(error: InputError) -> typing.NoReturn:
+    """Prints one sentence on standard error and ends the process with code 2."""
+    sys.stderr.write(f"error: {error}\n")
+    raise SystemExit(2)

@@ -1,0 +1,64 @@
+"""A teacher that reads every batch along with the student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..models.base import RetrievalModel
+from ..models.candidates import CANDIDATES, arrange, candidate_scores
+from ..models.cross_encoder import CrossEncoderRanker
+from .base import Teacher
+
+
+class LiveTeacher(Teacher):
+    """A frozen model: in evaluation mode, without gradient, outside the trained module.
+
+    Args:
+        name: By which loss terms name it.
+        model: A [`DenseRetriever`], which scores any candidates, or a [`CrossEncoderRanker`], which scores the row's
+            own.
+    """
+
+    def __init__(self, name: str, model: RetrievalModel):
+        super().__init__(name)
+        self.model = model.eval().requires_grad_(False)
+        self.processor = model.processor()
+        self.is_ranker = isinstance(model, CrossEncoderRanker)
+        self._output: Any = None
+        if not self.is_ranker:
+            self.candidate_sets = CANDIDATES
+            self.embedding_size = model.embedding_size
+
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)
+
+    def begin_batch(self) -> None:
+        self._output = None
+
+    def _forward(self, batch: Mapping[str, Any]) -> Any:
+        if self._output is None:
+            with torch.no_grad():
+                self._output = self.model(**batch["tokens"][self.name])
+        return self._output
+
+    def embeddings(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.is_ranker:
+            return super().embeddings(batch)
+        output = self._forward(batch)
+        return arrange(output.query.float(), output.passage.float(), batch)
+
+    def scores(self, batch: Mapping[str, Any], candidates: str) -> torch.Tensor:
+        if self.is_ranker:
+            return self._forward(batch).float().view(batch["passage_ids"].shape)
+        return candidate_scores(self.model.similarity_scores, *self.embeddings(batch), candidates)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            **super().describe(),
+            "model": self.model.name_or_path,
+            "weights": self.model.weights_fingerprint(),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }

@@ -1,0 +1,43 @@
+"""The configuration of each trainer: its own options on top of [`~transformers.TrainingArguments`]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .options import DistillOptions, RetrievalOptions
+
+
+@dataclass
+class RetrievalTrainingArguments(TrainingArguments, RetrievalOptions):
+    """Arguments of [`RetrievalTrainer`].
+
+    Defaults that differ from [`~transformers.TrainingArguments`]: `remove_unused_columns=False` (a batch is made from
+    ids), `dataloader_drop_last=True` (in-batch negatives need whole batches), `ddp_find_unused_parameters=False`,
+    `warmup_steps=0.1` (a tenth of all steps), `per_device_train_batch_size=32`, `metric_for_best_model="nDCG@10"` and
+    `logging_steps=10`.
+    """
+
+    _argument_group_name = "the Hugging Face Trainer"
+
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Queries of a batch on each device."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: a batch is made from ids."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last, incomplete batch."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether DDP looks for parameters without gradient; there are none."}
+    )
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Linear warm-up: a number of steps, or below 1 a share of all steps."}
+    )
+    metric_for_best_model: str | None = field(
+        default="nDCG@10", metadata={"help": "Measure that chooses the best checkpoint, one of eval_measures."}
+    )
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether a larger measure is better."})
+    logging_steps: float = field(default=10, metadata={"help": "Log the loss and its parts every so many steps."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep, the best one included."})
+
+
+@dataclass
+class DistillTrainingArguments(RetrievalTrainingArguments, DistillOptions):
+    """Arguments of [`DistillTrainer`]: those of [`RetrievalTrainingArguments`] and [`DistillOptions`]."""

@@ -1,0 +1,266 @@
+"""The base of all trainers: batches from ids, native checkpoints, retrieval evaluation, card and manifest."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from ..data.collators import RetrievalCollator
+from ..data.negatives import EpochSampler, TrainingRows
+from ..data.rows import RowSet
+from ..distributed import rank, scale_gradient, sum_over_processes, world_size
+from ..errors import InputError
+from ..evaluation.in_loop import RetrievalEvaluation
+from ..files import write_json, write_text
+from ..losses.combine import LossTerm
+from ..models.base import RetrievalModel, set_dropout, use_attention
+from .arguments import RetrievalTrainingArguments
+
+
+STUDENT = "student"
+
+
+class BaseTrainer(Trainer):
+    """A [`~transformers.Trainer`] whose rows are ids and whose checkpoints are native.
+
+    Subclasses say which scores enter which loss in `loss_parts`.
+
+    Args:
+        model: The model to train, a [`RetrievalModel`] in float32 weights.
+        args: Its configuration.
+        rows: The training rows. May be None for evaluation only.
+        evaluation: What `evaluate` measures.
+        encoders: Text processors of further models that see the batch, by name.
+        stores: Cached embeddings of teachers, by name: one store of queries and one of passages.
+        callbacks: Further [`~transformers.TrainerCallback`]s.
+    """
+
+    _name: ClassVar[str] = "Training"
+    _paper: ClassVar[Mapping[str, str] | None] = None
+    _tags: ClassVar[Sequence[str]] = ("hf_distill",)
+
+    # Our losses are means over the micro-batch, so the Trainer has to divide by the number of accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: RetrievalModel,
+        args: RetrievalTrainingArguments,
+        rows: RowSet | None = None,
+        evaluation: RetrievalEvaluation | None = None,
+        encoders: Mapping[str, Any] | None = None,
+        stores: Mapping[str, Any] | None = None,
+        score_columns: Sequence[str] = (),
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ):
+        self.rows = rows
+        self.terms = self.parse_losses(args)
+        if args.dropout is not None:
+            set_dropout(model, args.dropout)
+        dataset = collator = None
+        if rows is not None:
+            dataset = self._make_dataset(rows, args, score_columns)
+            collator = self._make_collator(model, rows, args, encoders or {}, stores or {})
+        self._part_sums: dict[str, torch.Tensor] = {}
+        self._part_steps = 0
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=dataset,
+            eval_dataset=evaluation,
+            processing_class=model.processor().tokenizer,
+            callbacks=callbacks,
+            **kwargs,
+        )
+
+    # ---- Rows to batches ----
+    def _make_dataset(
+        self, rows: RowSet, args: RetrievalTrainingArguments, score_columns: Sequence[str]
+    ) -> TrainingRows:
+        sources = json.loads(args.negative_sources) if args.negative_sources else None
+        dataset = TrainingRows(
+            rows,
+            num_negatives=args.num_negatives,
+            sampling=args.negative_sampling,
+            positive=args.positive_sampling,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            sources=sources,
+            score_columns=score_columns,
+        )
+        batch = args.per_device_train_batch_size * max(args.world_size, 1)
+        if args.dataloader_drop_last and len(dataset) < batch:
+            raise InputError(
+                f"{len(dataset)} training rows do not fill one batch of {batch} queries",
+                where="rows",
+                cure="Lower --per_device_train_batch_size, or bring more rows",
+            )
+        return dataset
+
+    def _make_collator(
+        self,
+        model: RetrievalModel,
+        rows: RowSet,
+        args: RetrievalTrainingArguments,
+        encoders: Mapping[str, Any],
+        stores: Mapping[str, Any],
+    ) -> RetrievalCollator:
+        queries = args.per_device_train_batch_size
+        passages = queries * (1 + args.num_negatives)
+        if args.gradient_cache_size:
+            model.recompute = True
+            query_chunks = math.ceil(queries / args.gradient_cache_size)
+            passage_chunks = math.ceil(passages / args.gradient_cache_size)
+        else:
+            # Fixed numbers, so that every process calls the model equally often (sharded models need that).
+            query_chunks = 1
+            passage_chunks = args.passage_chunks or (4 if args.device.type == "cpu" else 1)
+        return RetrievalCollator(
+            rows.queries,
+            rows.corpus,
+            {STUDENT: model.processor(), **encoders},
+            deduplicate=args.deduplicate,
+            query_chunks=query_chunks,
+            passage_chunks=passage_chunks,
+            stores=stores,
+        )
+
+    def _get_train_sampler(self, train_dataset: TrainingRows | None = None) -> EpochSampler:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        sampler = EpochSampler(len(dataset), seed=seed)
+        # After a resume on several processes accelerate can no longer see our sampler, only the dataset: it then
+        # tells the epoch to the dataset.
+        dataset.set_epoch = sampler.set_epoch
+        return sampler
+
+    # ---- Loss ----
+    def default_losses(self) -> list[dict[str, Any]]:
+        """The terms when `args.losses` names none."""
+        raise NotImplementedError
+
+    def parse_losses(self, args: RetrievalTrainingArguments) -> dict[str, LossTerm]:
+        """Reads `args.losses` (JSON or YAML) into terms by their label in the log."""
+        import yaml
+
+        from ..losses.combine import parse_terms
+
+        try:
+            spec = yaml.safe_load(args.losses) if isinstance(args.losses, str) else args.losses
+        except yaml.YAMLError as error:
+            raise InputError(f"neither JSON nor YAML: {error}", where="losses") from error
+        return parse_terms(spec if spec is not None else self.default_losses())
+
+    def loss_parts(self, model: RetrievalModel, output: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The weighted loss terms of a batch, by name: scalars whose sum is the loss of this process.
+
+        The mean over processes of a part is its value over the joint batch, and so is the mean of its gradients.
+        """
+        raise NotImplementedError
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        output = model(**inputs["tokens"][STUDENT])
+        # Scores and softmax in float32 whatever the encoder runs in.
+        with torch.autocast(self.args.device.type, enabled=False):
+            parts = self.loss_parts(self.accelerator.unwrap_model(model), output, inputs)
+        for name, value in parts.items():
+            self._part_sums[name] = self._part_sums.get(name, 0.0) + value.detach()
+        self._part_steps += 1
+        loss = torch.stack(list(parts.values())).sum()
+        return (loss, output) if return_outputs else loss
+
+    @staticmethod
+    def reduce_rows(loss: torch.Tensor, rows: torch.Tensor, candidates: str) -> torch.Tensor:
+        """Weighs a mean over this batch's rows so that averaging processes gives the mean over the joint batch.
+
+        Args:
+            loss: Mean over the rows that count.
+            rows: Boolean, which rows count.
+            candidates: With `"global"` every process has computed the joint mean already, and only the gradient,
+                which flows through local rows alone, is multiplied by the number of processes.
+        """
+        if world_size() == 1:
+            return loss
+        if candidates == "global":
+            return scale_gradient(loss, world_size())
+        counts = rows.sum()
+        return loss * counts * world_size() / sum_over_processes(counts).clamp(min=1)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._part_steps:
+            for name, value in self._part_sums.items():
+                logs[name] = (sum_over_processes(value) / world_size() / self._part_steps).item()
+            self._part_sums, self._part_steps = {}, 0
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        # Counted by the Trainer from one `input_ids`; ours are nested, and nothing reads the figure.
+        return 0
+
+    # ---- Training and evaluation ----
+    def train(self, *args: Any, **kwargs: Any):
+        # The fused attention kernels' backward pass is slow on CPUs.
+        if self.args.device.type == "cpu":
+            use_attention(self.model, "eager")
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            use_attention(self.model, "sdpa")
+
+    def evaluate(
+        self,
+        eval_dataset: RetrievalEvaluation | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Retrieval measures of the current weights; every process encodes a part of the texts."""
+        evaluation = eval_dataset if eval_dataset is not None else self.eval_dataset
+        model = self.accelerator.unwrap_model(self.model)
+        training = model.training
+        model.eval()
+        measures = evaluation(model)
+        model.train(training)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measures.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- Checkpoints ----
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        # Not the Trainer's own: that pickles the arguments, a token among them.
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
+        if self.args.should_save:
+            write_text(folder / "training_args.json", self.args.to_json_string())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        self.accelerator.unwrap_model(model if model is not None else self.model).load_checkpoint(
+            resume_from_checkpoint
+        )
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    # ---- What is written about a run ----
+    def write_history(self, folder: str | Path | None = None) -> None:
+        """Writes the logged losses and measures as `history.json`."""
+        if self.is_world_process_zero():
+            write_json(Path(folder or self.args.output_dir) / "history.json", self.state.log_history)
+
+    @property
+    def is_first_process(self) -> bool:
+        return rank() == 0

@@ -1,0 +1,69 @@
+"""What can be set about training, apart from [`~transformers.TrainingArguments`]. Imports nothing heavy: it is also
+what `--help` prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+def _option(default, help_text: str, **metadata):
+    return field(default=default, metadata={"help": help_text, **metadata})
+
+
+@dataclass
+class RetrievalOptions:
+    """Options of every trainer.
+
+    > Parameters that control the candidates of a query
+
+    > Parameters that control the loss
+
+    > Parameters that control evaluation during training
+    """
+
+    _argument_group_name = "training on rows of queries and candidate passages"
+
+    num_negatives: int = _option(7, "Negatives of each query in a batch, drawn from the row's pool.")
+    negative_sampling: str = _option(
+        "random", "How negatives are drawn from the pool.", choices=["random", "hardest"]
+    )
+    positive_sampling: str = _option(
+        "first", "Which positive of a row is used in an epoch.", choices=["first", "random"]
+    )
+    negative_sources: str | None = _option(
+        None, "Weights of the pool's sources as JSON, for example '{\"bm25\": 1, \"dense\": 2}'. Default: all alike."
+    )
+    losses: str | None = _option(
+        None,
+        "The loss terms as JSON or YAML: names or mappings with name, weight, candidates (own, in_batch, global), "
+        "teacher, calibration, mask_false_negatives and the loss's own options. Default: the trainer's.",
+    )
+    deduplicate: bool = _option(
+        True, "Encode a text that stands in a batch several times only once. Off for fidelity: dropout then differs."
+    )
+    passage_chunks: int | None = _option(
+        None, "Length-sorted chunks a batch's passages are encoded in. Default: 4 on a CPU, 1 on a GPU."
+    )
+    gradient_cache_size: int | None = _option(
+        None,
+        "Encode at most this many texts at a time and recompute their activations in the backward pass: "
+        "any batch size in constant memory, with the same loss and gradients.",
+    )
+    dropout: float | None = _option(None, "Dropout of the trained model. Default: the checkpoint's own.")
+    eval_measures: str = _option("nDCG@10,RR@10,R@100", "Measures of the evaluation during training.")
+    eval_depth: int = _option(100, "Passages retrieved (or re-ranked) for a query in an evaluation.")
+    eval_corpus_size: int | None = _option(
+        None, "Evaluate during training on this many passages: all relevant ones and a seeded sample. Default: all."
+    )
+    eval_queries: int | None = _option(
+        None, "Evaluate during training on this many queries, a seeded sample. Default: all."
+    )
+
+
+@dataclass
+class DistillOptions(RetrievalOptions):
+    """Options of [`DistillTrainer`]; see [`RetrievalOptions`] for the rest."""
+
+    calibration_rows: int = _option(
+        1024, "Rows whose teacher scores are looked at before training: for warnings and for fitted temperatures."
+    )
