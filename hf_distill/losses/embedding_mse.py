@@ -36,6 +36,8 @@ def embedding_mse_loss(
             f"The student's embeddings {tuple(student.shape)} and the teacher's {tuple(teacher.shape)} must have the "
             "same shape. Project the student to the teacher's dimension."
         )
+    if mask is not None:
+        student, teacher = (rows.masked_fill(~mask[:, None], 0.0) for rows in (student, teacher))
     if normalize:
         student, teacher = unit_length(student, dim=-1), unit_length(teacher, dim=-1)
     return masked_mean(((student - teacher) ** 2).mean(-1), mask)

@@ -30,11 +30,8 @@ def flops_loss(
     Returns:
         A scalar.
     """
-    weights = representations.abs()
-    if mask is None:
-        means = weights.mean(0)
-    else:
-        means = masked_mean(weights, mask[:, None].expand_as(weights), dim=0)
+    keep = None if mask is None else mask[:, None].expand_as(representations)
+    means = masked_mean(representations.abs(), keep, dim=0)
     if reduce is not None:
         means = reduce(means)
     return (means**2).sum()
