@@ -1,0 +1,140 @@
+"""Model cards made from a run's figures, through the templates in `model_cards/`."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..files import write_text
+
+
+def template_path(name: str) -> Path:
+    """The card template `name` (without ending) of this checkout or installation.
+
+    Raises:
+        InputError: If there is none.
+    """
+    checkout = Path(__file__).parents[2] / "model_cards"
+    installed = Path(sysconfig.get_path("data")) / "share" / "hf_distill" / "model_cards"
+    for folder in (checkout, installed):
+        path = folder / f"{name}.md"
+        if path.is_file():
+            return path
+    raise InputError(f"there is no card template {name}.md", where=str(checkout), cure="Reinstall hf_distill")
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; every column but the first is right-aligned."""
+    lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def usage_of(kind: str, name: str) -> str:
+    """How a checkpoint of `kind` (`"dense"` or `"cross_encoder"`) is loaded without this package."""
+    if kind == "cross_encoder":
+        code = (
+            "from sentence_transformers import CrossEncoder\n\n"
+            f'model = CrossEncoder("{name}")\n'
+            'scores = model.predict([("a query", "a passage")])'
+        )
+    else:
+        code = (
+            "from sentence_transformers import SentenceTransformer\n\n"
+            f'model = SentenceTransformer("{name}")\n'
+            'queries = model.encode_query(["a query"])\n'
+            'passages = model.encode_document(["a passage"])\n'
+            "scores = model.similarity(queries, passages)"
+        )
+    return f"Nothing but sentence-transformers (or plain transformers) is needed:\n\n```python\n{code}\n```"
+
+
+def bibtex(paper: Mapping[str, str] | None) -> str | None:
+    """A BibTeX entry of a trainer's paper."""
+    if paper is None:
+        return None
+    key = f"{paper['authors'].split(',')[0].split()[-1].lower()}{paper['year']}"
+    lines = [f"  {name} = {{{paper[name]}}}" for name in ("title", "year") if name in paper]
+    authors = " and ".join(author.strip() for author in paper["authors"].split(","))
+    lines.insert(1, f"  author = {{{authors}}}")
+    if "arxiv" in paper:
+        lines += [f"  eprint = {{{paper['arxiv']}}}", "  archivePrefix = {arXiv}"]
+    return "@misc{" + key + ",\n" + ",\n".join(lines) + "\n}"
+
+
+def write_model_card(
+    folder: str | Path,
+    *,
+    title: str,
+    summary: str,
+    kind: str,
+    results: str,
+    training: str,
+    reading: str = "",
+    template: str = "student",
+    base_models: Sequence[str] = (),
+    datasets: Sequence[str] = (),
+    tags: Sequence[str] = (),
+    measured: Mapping[str, float] | None = None,
+    collection: str | None = None,
+    split: str | None = None,
+    citation: str | None = None,
+) -> Path:
+    """Writes `README.md`, a model card with the metadata that the Hub reads.
+
+    Args:
+        folder: The checkpoint.
+        title, summary, results, training, reading: Texts of its sections.
+        kind: `"dense"` or `"cross_encoder"`.
+        template: Name of the template.
+        base_models: What the student started from, and its teachers: Hub ids only (local folders are left out).
+        datasets: Hub ids of the data.
+        tags: Further tags.
+        measured: Measures of the student, for the metadata.
+        collection, split: What they were measured on.
+        citation: BibTeX.
+
+    Returns:
+        The file's path.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    task = "text-ranking" if kind == "cross_encoder" else "sentence-similarity"
+    evaluations = [
+        EvalResult(
+            task_type="text-retrieval",
+            dataset_type=collection or "local",
+            dataset_name=collection or "local",
+            dataset_split=split,
+            metric_type=name.lower().replace("@", "_at_"),
+            metric_name=name,
+            metric_value=round(float(value), 4),
+        )
+        for name, value in (measured or {}).items()
+    ]
+    data = ModelCardData(
+        library_name="sentence-transformers",
+        pipeline_tag=task,
+        base_model=[name for name in dict.fromkeys(base_models) if not Path(name).exists()] or None,
+        datasets=[name for name in datasets if not Path(name).exists()] or None,
+        tags=[*dict.fromkeys(["sentence-transformers", *tags])],
+        model_name=title,
+        eval_results=evaluations or None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(template_path(template)),
+        title=title,
+        summary=summary,
+        usage=usage_of(kind, Path(folder).name),
+        results=results,
+        reading=reading,
+        training=training,
+        citation=citation,
+    )
+    path = Path(folder) / "README.md"
+    write_text(path, str(card))
+    return path
