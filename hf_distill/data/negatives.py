@@ -1,0 +1,379 @@
+"""From pools of candidates to training examples: which positive, which negatives, in which order.
+
+Every draw is a function of *(seed, epoch, row)* and of nothing else, so the examples are the same on one process or
+eight, with or without loader workers, and after a resume in the middle of an epoch.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from hf_distill.errors import InputError
+
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+
+    from hf_distill.data.qrels import PositiveIndex
+    from hf_distill.data.rows import RowSet
+
+RowKey = tuple[int, int]
+"""A row's position and the epoch it is drawn for."""
+
+_ROW_STREAM, _ORDER_STREAM = 0, 1
+_BLOCK_ROWS = 65536
+
+
+class Example(NamedTuple):
+    """One training example; everything in it is a position, the texts are looked up by the collator.
+
+    Attributes:
+        row: Position of the row in its row set.
+        query: Position of the query.
+        documents: `int64[1 + n]`, the positive first (an unlabelled row has candidates only).
+        target: 0, the column of the positive, or -1 for an unlabelled row.
+        positives: `int64[p]`, all known positives of the query, so that a loss can mask them elsewhere in the batch.
+        scores: A teacher's scores of `documents` per column, each `float32[1 + n]`.
+    """
+
+    row: int
+    query: int
+    documents: np.ndarray
+    target: int
+    positives: np.ndarray
+    scores: dict[str, np.ndarray]
+
+
+def random_stream(seed: int, epoch: int, row: int, purpose: int = _ROW_STREAM) -> np.random.Generator:
+    """An independent random generator for one row in one epoch.
+
+    Philox is a keyed counter: the key is *(seed, epoch)* and the row stands in the high words of the counter, so two
+    streams never overlap, and starting one costs some microseconds.
+    """
+    key = np.array([seed % 2**64, epoch], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, row, purpose], np.uint64)))
+
+
+class ListColumn:
+    """A list column of a `datasets.Dataset`, read through NumPy views of its Arrow buffers.
+
+    `dataset[i][name]` turns a row of 180 candidates into Python objects first; a slice of the memory-mapped values is
+    a hundred times faster and copies nothing. Views are opened again in every process (they are not pickled).
+    """
+
+    def __init__(self, dataset: datasets.Dataset, name: str):
+        self.dataset, self.name = dataset, name
+        self._open()
+
+    def _open(self) -> None:
+        import pyarrow as pa
+
+        self.chunks = [chunk for chunk in self.dataset.data.column(self.name).chunks if len(chunk)]
+        self.starts = np.cumsum([0] + [len(chunk) for chunk in self.chunks]).tolist()
+        self.offsets, self.values = [], []
+        for chunk in self.chunks:
+            if pa.types.is_fixed_size_list(chunk.type):
+                size = chunk.type.list_size
+                self.offsets.append((np.arange(len(chunk) + 1) + chunk.offset) * size)
+            else:
+                self.offsets.append(chunk.offsets.to_numpy())
+            values = chunk.values
+            self.values.append(values.to_numpy(zero_copy_only=False) if _is_number(values.type) else values)
+        self.indices = _row_indices(self.dataset)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"dataset": self.dataset, "name": self.name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> np.ndarray | pa.Array:
+        """The list of one row: a NumPy view for numbers, an Arrow slice for strings."""
+        if self.indices is not None:
+            row = int(self.indices[row])
+        chunk = bisect_right(self.starts, row) - 1
+        row -= self.starts[chunk]
+        offsets = self.offsets[chunk]
+        return self.values[chunk][offsets[row] : offsets[row + 1]]
+
+    def lengths(self) -> np.ndarray:
+        """`int64[rows]`, the number of elements of every row."""
+        found = np.concatenate([np.diff(offsets) for offsets in self.offsets] or [np.zeros(0)]).astype(np.int64)
+        return found if self.indices is None else found[self.indices]
+
+    def count(self, wanted: Collection[str], skip: np.ndarray) -> np.ndarray:
+        """`int64[rows]`, how many strings of every row, its first `skip[row]` left out, are among `wanted`."""
+        import pyarrow.compute as pc
+
+        value_set = _string_array(wanted)
+        skipped = np.zeros(self.starts[-1], np.int64)
+        skipped[slice(None) if self.indices is None else self.indices] = skip
+        found = np.zeros(self.starts[-1], np.int64)
+        for first_row, offsets, values in zip(self.starts, self.offsets, self.values):
+            for start in range(0, len(offsets) - 1, _BLOCK_ROWS):
+                bounds = offsets[start : start + _BLOCK_ROWS + 1].astype(np.int64)
+                hits = pc.is_in(values[bounds[0] : bounds[-1]], value_set=value_set).to_numpy(zero_copy_only=False)
+                before = np.concatenate([[0], np.cumsum(hits)])
+                rows = slice(first_row + start, first_row + start + len(bounds) - 1)
+                begin = np.minimum(bounds[:-1] + skipped[rows], bounds[1:])
+                found[rows] = before[bounds[1:] - bounds[0]] - before[begin - bounds[0]]
+        return found if self.indices is None else found[self.indices]
+
+
+class TrainingRows(torch.utils.data.Dataset):
+    """A row set as a `torch` dataset: `rows[row, epoch]` is the [`Example`] of that row in that epoch.
+
+    Args:
+        rows: The row set; a row is a query with its documents, positives first.
+        num_negatives: How many negatives every example gets. A pool that is smaller is repeated cyclically, an empty
+            one is an error.
+        sampling: `"random"` draws without replacement and anew in every epoch; `"hardest"` takes the first ones in
+            the order of the pool.
+        positive: `"first"` always takes the first positive; `"random"` draws one in every epoch.
+        seed: Of all draws.
+        sources: Share of the draws of every source of negatives, for example `{"bm25": 1, "teacher": 3}`; a source
+            that is not named is not drawn from. The shares do not depend on how many documents a source has in the
+            pool. With `"hardest"` it only says which sources take part.
+        score_columns: Columns of teacher scores to carry along with the documents.
+        positives: All known positives of every query; without it, those of the row.
+
+    Raises:
+        InputError: For a row without anything to draw from, an unknown column, source or option.
+    """
+
+    def __init__(
+        self,
+        rows: RowSet,
+        *,
+        num_negatives: int,
+        sampling: str = "random",
+        positive: str = "first",
+        seed: int = 0,
+        sources: Mapping[str, float] | None = None,
+        score_columns: Sequence[str] = (),
+        positives: PositiveIndex | None = None,
+    ):
+        _check_choice("sampling", sampling, ("random", "hardest"))
+        _check_choice("positive", positive, ("first", "random"))
+        if num_negatives < 0:
+            raise InputError(f"{num_negatives} is not a number of negatives", where="num_negatives")
+        self.rows, self.num_negatives, self.sampling, self.positive, self.seed = (
+            rows,
+            num_negatives,
+            sampling,
+            positive,
+            seed,
+        )
+        self.positives = positives
+        dataset = rows.dataset
+        self._query = _flat_column(dataset, "query")
+        self._num_positives = _flat_column(dataset, "num_positives")
+        self._documents = ListColumn(dataset, "documents")
+        self._scores = {name: ListColumn(dataset, _existing(dataset, name)) for name in score_columns}
+        self._sources, self._weights = self._read_sources(sources)
+        self._source_names = _string_array(self._weights)
+        self._shares = np.array(list(self._weights.values()))
+        self._check_pools()
+
+    def _read_sources(self, weights: Mapping[str, float] | None) -> tuple[ListColumn | None, dict[str, float]]:
+        if weights is None:
+            return None, {}
+        dataset = self.rows.dataset
+        if "sources" not in dataset.column_names:
+            raise InputError(
+                "the row set does not say where its candidates come from",
+                where="sources",
+                cure="Leave the option out, or mine with a source name",
+            )
+        column = ListColumn(dataset, "sources")
+        known = set().union(*(chunk.values.unique().to_pylist() for chunk in column.chunks)) - {None}
+        for name, weight in weights.items():
+            if name not in known:
+                cure = f"The row set has {', '.join(sorted(map(repr, known)))}"
+                raise InputError(f"no document has the source {name!r}", where="sources", cure=cure)
+            if not 0 <= weight < float("inf"):
+                raise InputError(
+                    f"{weight} is not a weight", where=f"sources, {name!r}", cure="Use a number from 0 up"
+                )
+        kept = {name: float(weight) for name, weight in weights.items() if weight > 0}
+        if self.sampling == "hardest" and len(set(kept.values())) > 1:
+            raise InputError(
+                "different weights have no meaning when always the hardest are taken",
+                where="sources",
+                cure="Use sampling 'random', or give every source that takes part the weight 1",
+            )
+        return column, kept
+
+    def _pool_sizes(self) -> np.ndarray:
+        """`int64[rows]`, from how many documents the negatives of a row can be drawn."""
+        if self._sources is None:
+            return self._documents.lengths() - self._num_positives
+        return self._sources.count(set(self._weights), self._num_positives)
+
+    def _check_pools(self) -> None:
+        too_many = np.flatnonzero(self._num_positives > self._documents.lengths())
+        if len(too_many):
+            raise InputError("num_positives is larger than the list of documents", where=f"row {too_many[0]}")
+        wanted = self.num_negatives + (self._num_positives == 0)
+        empty = np.flatnonzero((wanted > 0) & (self._pool_sizes() == 0))
+        if not len(empty):
+            return
+        query = self.rows.queries.ids_at([int(self._query[empty[0]])])[0]
+        among = "" if self._sources is None else f" from {', '.join(map(repr, self._weights))}"
+        raise InputError(
+            f"{len(empty)} of {len(self)} rows have no candidates{among} to draw {self.num_negatives} negatives from,"
+            f" for example query {query!r}",
+            where=f"row {empty[0]}",
+            cure="Mine negatives for these queries, drop the rows, or train with num_negatives 0",
+        )
+
+    @cached_property
+    def max_positives(self) -> int:
+        """The largest number of known positives of any row's query, by which a collator pads `positive_ids`."""
+        most = int(self._num_positives.max(initial=0))
+        if self.positives is None:
+            return most
+        return max([most, *(len(self._known_positives(row)) for row in range(len(self)))])
+
+    def __len__(self) -> int:
+        return len(self._query)
+
+    def __getitem__(self, key: RowKey) -> Example:
+        row, epoch = key
+        documents = self._documents[row]
+        num_positives = int(self._num_positives[row])
+        labelled = num_positives > 0
+        stream = None
+        if self.sampling == "random" or (self.positive == "random" and num_positives > 1):
+            stream = random_stream(self.seed, epoch, row)
+        places = np.empty(1 + self.num_negatives, np.int64)
+        if labelled:
+            places[0] = stream.integers(num_positives) if self.positive == "random" and num_positives > 1 else 0
+        if len(places) > labelled:
+            places[labelled:] = self._draw(row, num_positives, len(documents), len(places) - labelled, stream)
+        return Example(
+            row=int(row),
+            query=int(self._query[row]),
+            documents=documents[places],
+            target=0 if labelled else -1,
+            positives=self._known_positives(row),
+            scores={name: column[row][places] for name, column in self._scores.items()},
+        )
+
+    def _draw(self, row: int, start: int, stop: int, count: int, stream: np.random.Generator | None) -> np.ndarray:
+        """Positions in the row's list, all in `start:stop`: `int64[count]`."""
+        weights = self._document_weights(row, start)
+        if self.sampling == "hardest":
+            order = np.arange(stop - start) if weights is None else np.flatnonzero(weights)
+        elif weights is None:
+            order = _smallest(stream.random(stop - start), count)
+        else:
+            # The exponential clocks of Efraimidis and Spirakis (2006): the first to ring is document i with
+            # probability weight_i / sum of weights, and so on without replacement.
+            candidates = np.flatnonzero(weights)
+            clocks = stream.standard_exponential(stop - start)[candidates] / weights[candidates]
+            order = candidates[_smallest(clocks, count)]
+        return start + (order[:count] if len(order) >= count else np.resize(order, count))
+
+    def _document_weights(self, row: int, start: int) -> np.ndarray | None:
+        """Weight of every document of the pool: its source's share divided by the source's documents in the pool."""
+        if self._sources is None:
+            return None
+        import pyarrow.compute as pc
+
+        names = self._sources[row][start:]
+        kinds = pc.fill_null(pc.index_in(names, value_set=self._source_names), -1).to_numpy(zero_copy_only=False)
+        present = np.bincount(kinds + 1, minlength=len(self._shares) + 1)[1:]
+        return np.append(self._shares / np.maximum(present, 1), 0.0)[kinds]
+
+    def _known_positives(self, row: int) -> np.ndarray:
+        own = self._documents[row][: self._num_positives[row]]
+        if self.positives is None:
+            return np.asarray(own, np.int64)
+        known = self.positives.of(int(self._query[row]))
+        # A mined row may hold a positive that the qrels lack (another split, a threshold); it counts all the same.
+        return np.array(list(dict.fromkeys([*own.tolist(), *known.tolist()])), np.int64)
+
+
+class EpochSampler(torch.utils.data.Sampler[RowKey]):
+    """Yields `(row, epoch)` for every row once, in an order that is a function of the seed and the epoch.
+
+    The epoch travels with the row, so workers that outlive an epoch draw the right negatives. Every process iterates
+    the same sampler and takes its own batches from it (as accelerate's `BatchSamplerShard` does).
+
+    Args:
+        num_rows: Length of the dataset.
+        seed: Of the order.
+        shuffle: Without it, rows come in their own order.
+    """
+
+    def __init__(self, num_rows: int, seed: int = 0, shuffle: bool = True):
+        self.num_rows, self.seed, self.shuffle, self.epoch = num_rows, seed, shuffle, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch of the next iteration; trainers and accelerate call it at the start of each."""
+        self.epoch = int(epoch)
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __iter__(self) -> Iterator[RowKey]:
+        epoch = self.epoch
+        if not self.shuffle:
+            yield from ((row, epoch) for row in range(self.num_rows))
+            return
+        order = random_stream(self.seed, epoch, 0, _ORDER_STREAM).permutation(self.num_rows)
+        for start in range(0, self.num_rows, _BLOCK_ROWS):
+            yield from ((row, epoch) for row in order[start : start + _BLOCK_ROWS].tolist())
+
+
+def _smallest(keys: np.ndarray, count: int) -> np.ndarray:
+    """Positions of the `count` smallest keys in ascending order (all of them where there are fewer)."""
+    return np.argsort(keys, kind="stable")[:count]
+
+
+def _row_indices(dataset: datasets.Dataset) -> np.ndarray | None:
+    """Where the rows of a selected or shuffled dataset lie in its table; `None` when in their own order."""
+    indices = dataset._indices
+    return None if indices is None else indices.column(0).to_numpy().astype(np.int64)
+
+
+def _flat_column(dataset: datasets.Dataset, name: str) -> np.ndarray:
+    values = dataset.data.column(_existing(dataset, name)).to_numpy().astype(np.int64)
+    indices = _row_indices(dataset)
+    return values if indices is None else values[indices]
+
+
+def _existing(dataset: datasets.Dataset, name: str) -> str:
+    if name not in dataset.column_names:
+        has = ", ".join(map(repr, dataset.column_names))
+        raise InputError(f"the row set has no column {name!r}", where="row set", cure=f"It has {has}")
+    return name
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+def _string_array(values: Collection[str]) -> pa.Array:
+    import pyarrow as pa
+
+    return pa.array(list(values), pa.string())
+
+
+def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise InputError(f"{value!r} is not one of {', '.join(map(repr, choices))}", where=option)
