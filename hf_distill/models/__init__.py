@@ -1,0 +1,18 @@
+"""The models that are trained and served, and how they are read and written."""
+
+from __future__ import annotations
+
+from ..lazy import attach
+
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "base": ["RetrievalConfig", "RetrievalModel", "use_attention"],
+        "cross_encoder": ["CrossEncoderConfig", "CrossEncoderRanker"],
+        "dense": ["DenseRetriever", "DenseRetrieverConfig", "RetrieverOutput"],
+        "processing": ["DEFAULT_TEMPLATE", "TextProcessor"],
+        "source": ["ModelSource", "find_model"],
+        "student": ["layer_positions", "load_model", "reduce_layers", "student_from"],
+    },
+)

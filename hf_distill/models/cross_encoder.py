@@ -1,0 +1,202 @@
+"""Cross-encoders: query and passage read together, one score a pair."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from ..errors import InputError
+from . import layouts
+from .base import RetrievalConfig, RetrievalModel, choose_length, load_backbone, load_tokenizer, plain_model
+from .processing import TextProcessor
+from .source import find_model
+
+
+class CrossEncoderConfig(RetrievalConfig):
+    """Settings of a [`CrossEncoderRanker`].
+
+    Args:
+        query_prompt: Text put before every pair.
+        max_length: Most tokens of a pair; the longer side is cut first.
+        template: How a document's title and text become one passage.
+    """
+
+    model_type = "hf_distill_cross_encoder"
+
+    max_length: int = 512
+
+
+class CrossEncoderRanker(RetrievalModel):
+    """A transformers classifier of one label, whose logit is the score of a query-passage pair.
+
+    Args:
+        config: The settings.
+        backbone: A `...ForSequenceClassification` with `num_labels=1`; made from `config.backbone` if None.
+        tokenizer: Its tokenizer.
+    """
+
+    config_class = CrossEncoderConfig
+
+    def __init__(self, config: CrossEncoderConfig, backbone: PreTrainedModel | None = None, tokenizer: Any = None):
+        super().__init__(config, tokenizer)
+        if backbone is None:
+            backbone = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**config.backbone))
+        if backbone.config.num_labels != 1:
+            raise InputError(
+                f"the classifier has {backbone.config.num_labels} labels, but a ranker gives one score",
+                cure="Set num_labels=1",
+            )
+        self.backbone = backbone
+        config.hidden_size = plain_model(backbone).config.hidden_size
+        config.backbone = plain_model(backbone).config.to_dict()
+        self._types = _token_types(backbone, tokenizer)
+        if tokenizer is not None:
+            tokenizer.model_max_length = config.max_length
+
+    @classmethod
+    def from_pretrained(  # noqa: D417 - overrides are described as one
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: str | torch.dtype = "float32",
+        attn_implementation: str | None = None,
+        **overrides: Any,
+    ) -> CrossEncoderRanker:
+        """Opens any cross-encoder of one label, or any encoder with a new head (to be trained).
+
+        Args:
+            pretrained_model_name_or_path: The folder or Hub id.
+            revision: Branch, tag or commit on the Hub.
+            dtype: The weights' precision; float32 unless said otherwise, whatever the checkpoint's is.
+            attn_implementation: Fixes the attention; by default it is chosen by device and mode.
+            overrides: Fields of [`CrossEncoderConfig`] that replace what the checkpoint says.
+
+        Raises:
+            InputError: If the model cannot be found, read, or run as a ranker of one score.
+        """
+        unknown = set(overrides) - {"query_prompt", "max_length", "template"}
+        if unknown:
+            raise InputError(
+                f"unknown settings {sorted(unknown)}",
+                where="CrossEncoderRanker.from_pretrained",
+                cure="Known are query_prompt, max_length, template",
+            )
+        overrides = {key: value for key, value in overrides.items() if value is not None}
+        source = find_model(pretrained_model_name_or_path, revision)
+        name = source.name
+        layout = layouts.read_layout(source.folder, name)
+        if layout.passage is not None:
+            raise InputError("the model has two towers", where=name, cure="Open it with DenseRetriever")
+        folder = layout.query.folder
+        backbone = load_backbone(folder, name, dtype, head=True, attention=attn_implementation)
+        tokenizer = load_tokenizer(folder, name, backbone, layout.query.lowercase)
+        ranker = layout.kind == "cross-encoder"
+        settings = {
+            # The prompts of a dense model mean nothing to a ranker that starts from its encoder.
+            "query_prompt": layout.default_prompt if ranker else "",
+            **({"template": layout.extra["template"]} if layout.extra.get("template") else {}),
+            **overrides,
+            "max_length": choose_length(
+                overrides.get("max_length"), layout.query.max_length, tokenizer, backbone, name, "max_length"
+            ),
+        }
+        config = CrossEncoderConfig(**settings)
+        config.name_or_path = name
+        model = cls(config, backbone, tokenizer)
+        model.source = source
+        model._attention_is_free = attn_implementation is None and backbone.config._attn_implementation == "sdpa"
+        return model.eval()
+
+    def processor(self) -> TextProcessor:
+        return TextProcessor(
+            tokenizer=self.tokenizer,
+            kind="cross",
+            query_prompt=self.config.query_prompt,
+            query_length=self.config.max_length,
+            passage_length=self.config.max_length,
+            template=self.config.template,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        return {"head": type(plain_model(self.backbone)).__name__}
+
+    def score_chunk(self, chunk: Mapping[str, torch.Tensor], embeddings: torch.Tensor | None = None) -> torch.Tensor:
+        """Scores of one padded chunk of pairs.
+
+        Args:
+            chunk: `input_ids` and `attention_mask` `[t, l]`; optionally `token_type_ids`, which are otherwise found
+                from the first separator.
+            embeddings: Its word embeddings `[t, l, H]`, where they are known already.
+
+        Returns:
+            Float32 `[t]`.
+        """
+        inputs = self._inputs(self.backbone, chunk, embeddings)
+        if "token_type_ids" in chunk:
+            inputs["token_type_ids"] = chunk["token_type_ids"]
+        elif self._types == "after-separator":
+            inputs["token_type_ids"] = _types_after_separator(chunk, self.tokenizer.sep_token_id)
+        elif self._types == "own":
+            raise InputError(
+                f"{type(self.tokenizer).__name__} has token types of its own",
+                where="score_chunk",
+                cure="Pass token_type_ids with every chunk, as TextProcessor.pairs returns them",
+            )
+        return self.backbone(**inputs).logits.squeeze(-1).float()
+
+    def forward(self, pair: Mapping[str, Any]) -> torch.Tensor:
+        """Scores of a batch of pairs.
+
+        Args:
+            pair: A token batch: `chunks`, each as [`score_chunk`] takes it, and `inverse` `[T]`, which restores the
+                order of the pairs.
+
+        Returns:
+            Float32 `[T]`.
+        """
+        embeddings = self._embedded(self.backbone, pair["chunks"])
+        parts = [self._maybe_recompute(self.score_chunk, *both) for both in zip(pair["chunks"], embeddings)]
+        return torch.cat(parts)[pair["inverse"]]
+
+    def _export(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+        config = self.config
+        # Read by sentence-transformers where a folder has no modules.json, and by its versions before 6.
+        plain_model(self.backbone).config.sentence_transformers = {"activation_fn": layouts.ACTIVATIONS["Identity"]}
+        self._save_tower("backbone", folder, state)
+        layouts.write_modules(folder, [("", "Transformer")])
+        layouts.write_lengths(folder, config.max_length, config.max_length, transformer_task="sequence-classification")
+        prompts = {"default": config.query_prompt} if config.query_prompt else {}
+        layouts.write_settings(
+            folder,
+            "CrossEncoder",
+            prompts,
+            default_prompt_name="default" if prompts else None,
+            activation_fn=layouts.ACTIVATIONS["Identity"],
+        )
+        layouts.write_json(folder / layouts.EXTRA_FILE, {"archetype": "cross-encoder", "template": config.template})
+
+    def _restore(self, folder: Path) -> None:
+        self._restore_tower("backbone", folder)
+
+
+def _types_after_separator(chunk: Mapping[str, torch.Tensor], separator: int) -> torch.Tensor:
+    """Token types of pairs: 1 after the first separator, 0 before, on it, and on padding."""
+    is_separator = (chunk["input_ids"] == separator).long()
+    after = (is_separator.cumsum(1) - is_separator) > 0
+    return after.long() * chunk["attention_mask"]
+
+
+def _token_types(backbone: PreTrainedModel, tokenizer: Any) -> str:
+    """`"none"` where pairs have no token types, `"after-separator"` where they follow from it, else `"own"`."""
+    if tokenizer is None or "token_type_ids" not in tokenizer.model_input_names:
+        return "none"
+    probe = tokenizer("a", "b c", return_tensors="pt")
+    if tokenizer.sep_token_id is None:
+        return "own"
+    derived = _types_after_separator(probe, tokenizer.sep_token_id)
+    return "after-separator" if torch.equal(derived, probe["token_type_ids"]) else "own"

@@ -1,0 +1,391 @@
+"""The folders other libraries read and write: bare transformers checkpoints and sentence-transformers' modules.
+
+What is read: `modules.json` with the module paths of sentence-transformers 2 to 6 (Transformer, Pooling, Dense,
+Normalize, Dropout, Router), the older and the newer keys of their configurations, two towers as a `Router` or as the
+folders `query_model/` and `passage_model/`, and folders without any of this. What is written: the older paths and keys,
+which every version of sentence-transformers understands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..files import read_json, write_json
+
+
+EXTRA_FILE = "hf_distill.json"
+TRAINING_FILE = "training_modules.safetensors"
+POOLING_KEYS = {
+    "cls": "pooling_mode_cls_token",
+    "mean": "pooling_mode_mean_tokens",
+    "max": "pooling_mode_max_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+_POOLINGS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
+ACTIVATIONS = {
+    "Identity": "torch.nn.modules.linear.Identity",
+    "Tanh": "torch.nn.modules.activation.Tanh",
+    "ReLU": "torch.nn.modules.activation.ReLU",
+    "GELU": "torch.nn.modules.activation.GELU",
+    "SiLU": "torch.nn.modules.activation.SiLU",
+    "Sigmoid": "torch.nn.modules.activation.Sigmoid",
+}
+_OTHER_KINDS = {
+    "SparseEncoder": "a sparse (lexical) model",
+    "MultiVectorEncoder": "a multi-vector model",
+    "ColBERT": "a multi-vector model",
+}
+_LENGTH_FILES = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+
+
+@dataclass(frozen=True)
+class ProjectionLayout:
+    """One linear layer after pooling; `folder` holds its weights, None for one that is yet to be trained."""
+
+    in_features: int
+    out_features: int
+    bias: bool = True
+    activation: str = "Identity"
+    folder: Path | None = None
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias,
+            "activation": self.activation,
+        }
+
+
+@dataclass(frozen=True)
+class TowerLayout:
+    """One encoder: the folder of its transformer, and what follows it."""
+
+    folder: Path
+    pooling: str | None = None
+    projections: tuple[ProjectionLayout, ...] = ()
+    normalize: bool = False
+    max_length: int | None = None
+    query_length: int | None = None
+    passage_length: int | None = None
+    lowercase: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a folder says about a model. `passage` is None where one tower reads queries and passages."""
+
+    kind: str
+    query: TowerLayout
+    passage: TowerLayout | None = None
+    shared_projections: tuple[ProjectionLayout, ...] = ()
+    query_prompt: str = ""
+    passage_prompt: str = ""
+    default_prompt: str = ""
+    similarity: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def read_layout(folder: Path, name: str) -> Layout:
+    """Reads the layout of a model's folder.
+
+    Args:
+        folder: The folder.
+        name: What the user called the model, for messages.
+
+    Raises:
+        InputError: If the folder is no model, or one that this library does not read.
+    """
+    settings = _read(folder / "config_sentence_transformers.json", name)
+    extra = _read(folder / EXTRA_FILE, name)
+    prompts = settings.get("prompts") or {}
+    shared = {
+        "query_prompt": prompts.get("query") or "",
+        "passage_prompt": next((prompts[key] for key in ("document", "passage", "corpus") if prompts.get(key)), ""),
+        "default_prompt": prompts.get(settings.get("default_prompt_name")) or "",
+        "similarity": {"dot": "dot", "dot_product": "dot", "cosine": "cosine"}.get(settings.get("similarity_fn_name")),
+        "extra": extra,
+    }
+    model_type = settings.get("model_type", "SentenceTransformer")
+    if model_type in _OTHER_KINDS:
+        raise InputError(
+            f"this is {_OTHER_KINDS[model_type]} ({model_type})",
+            where=name,
+            cure="Give a dense model (SentenceTransformer) or a cross-encoder",
+        )
+    if (folder / "modules.json").is_file():
+        modules = _read(folder / "modules.json", name)
+        return replace(_read_modules(folder, modules, name), **shared)
+    if (folder / "query_model").is_dir() and (folder / "passage_model").is_dir():
+        towers = [read_layout(folder / part, f"{name}/{part}") for part in ("query_model", "passage_model")]
+        return Layout("dense", towers[0].query, towers[1].query, **{**shared, **_prompts_of_towers(shared, towers)})
+    if not (folder / "config.json").is_file():
+        raise _no_model(folder, name)
+    architectures = _read(folder / "config.json", name).get("architectures") or []
+    if any(architecture.endswith("ForSequenceClassification") for architecture in architectures):
+        # sentence-transformers takes the length of a bare cross-encoder from its tokenizer.
+        return Layout("cross-encoder", TowerLayout(folder), **shared)
+    return Layout("dense", TowerLayout(folder), **shared)
+
+
+def _prompts_of_towers(shared: dict[str, Any], towers: list[Layout]) -> dict[str, str]:
+    return {
+        "query_prompt": shared["query_prompt"] or towers[0].query_prompt,
+        "passage_prompt": shared["passage_prompt"] or towers[1].passage_prompt,
+    }
+
+
+def _no_model(folder: Path, name: str) -> InputError:
+    if (folder / "adapter_config.json").is_file():
+        return InputError(
+            "the folder holds only a PEFT adapter",
+            where=name,
+            cure="Merge it into its base model (peft: merge_and_unload, save_pretrained) and give that folder",
+        )
+    return InputError(
+        f"the folder {folder} holds no config.json",
+        where=name,
+        cure="Give a folder written by save_pretrained, or a model id of the Hub",
+    )
+
+
+def _read(path: Path, name: str) -> Any:
+    if not path.is_file():
+        return {}
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise InputError(
+            f"the file is no valid JSON ({error})",
+            where=f"{name}, {path.name}",
+            cure="Copy or download the model again",
+        ) from None
+
+
+def _class_name(path: str, name: str) -> str:
+    if not path.startswith("sentence_transformers."):
+        raise InputError(
+            f"the module {path!r} is code of the repository's own, which this library never runs",
+            where=f"{name}, modules.json",
+            cure="Give a model made of sentence-transformers' own modules, or a checkpoint of transformers",
+        )
+    return path.rpartition(".")[2]
+
+
+def _read_modules(folder: Path, modules: list[dict[str, Any]], name: str) -> Layout:
+    entries = sorted(modules, key=lambda module: module.get("idx", 0))
+    kinds = [(_class_name(entry["type"], name), _inside(folder, entry.get("path", ""), name)) for entry in entries]
+    if not kinds:
+        raise InputError("modules.json lists no module", where=name, cure="Copy or download the model again")
+    first, root = kinds[0]
+    if first not in ("Router", "Asym"):
+        tower, kind = _read_tower(kinds, name)
+        return Layout(kind, tower)
+    router = _read(root / "router_config.json", name) or _read(root / "config.json", name)
+    types, structure = router.get("types", {}), router.get("structure", {})
+    query = structure.get("query")
+    passage = next((structure[key] for key in ("document", "passage", "corpus") if key in structure), None)
+    if query is None or passage is None:
+        raise InputError(
+            f"the router knows the routes {sorted(structure)}",
+            where=name,
+            cure="A router has to have the routes 'query' and 'document'",
+        )
+    towers = []
+    for route in (query, passage):
+        modules_of_route = [(_class_name(types[part], name), _inside(root, part, name)) for part in route]
+        towers.append(_read_tower(modules_of_route, name)[0])
+    tail = _read_tail(kinds[1:], name)
+    query_tower, passage_tower = (replace(tower, normalize=tower.normalize or tail.normalize) for tower in towers)
+    if tail.pooling is not None:
+        query_tower = replace(query_tower, pooling=tail.pooling)
+        passage_tower = replace(passage_tower, pooling=tail.pooling)
+    return Layout(
+        "dense", query_tower, None if query == passage else passage_tower, shared_projections=tail.projections
+    )
+
+
+def _inside(folder: Path, path: str, name: str) -> Path:
+    target = folder / path
+    if not target.resolve().is_relative_to(folder.resolve()) and ".." in Path(path).parts:
+        raise InputError(f"the module path {path!r} leaves the folder", where=f"{name}, modules.json")
+    return target
+
+
+def _read_tower(kinds: list[tuple[str, Path]], name: str) -> tuple[TowerLayout, str]:
+    first, folder = kinds[0]
+    if first != "Transformer":
+        raise InputError(
+            f"the model starts with a {first} module",
+            where=f"{name}, modules.json",
+            cure="Only models that start with a Transformer can be read: static and bag-of-words models cannot",
+        )
+    if not (folder / "config.json").is_file():
+        raise _no_model(folder, name)
+    lengths: dict[str, Any] = next((found for file in _LENGTH_FILES if (found := _read(folder / file, name))), {})
+    task = lengths.get("transformer_task", "feature-extraction")
+    if lengths.get("query_expansion"):
+        raise InputError("the model expands its queries, as multi-vector models do", where=name)
+    kind = "dense"
+    if task == "sequence-classification":
+        kind = "cross-encoder"
+    elif task != "feature-extraction":
+        raise InputError(
+            f"the model's transformer does the task {task!r}",
+            where=name,
+            cure="Give a dense model ('feature-extraction') or a cross-encoder with a classification head",
+        )
+    text_options = (lengths.get("processing_kwargs") or {}).get("text") or {}
+    tail = _read_tail(kinds[1:], name)
+    return replace(
+        tail,
+        folder=folder,
+        max_length=lengths.get("max_seq_length") or text_options.get("max_length"),
+        query_length=lengths.get("query_length"),
+        passage_length=lengths.get("document_length"),
+        lowercase=bool(lengths.get("do_lower_case")),
+    ), kind
+
+
+def _read_tail(kinds: list[tuple[str, Path]], name: str) -> TowerLayout:
+    """The modules after the transformer; `folder` is filled in by the caller."""
+    pooling, projections, normalize = None, [], False
+    for kind, folder in kinds:
+        config = _read(folder / "config.json", name)
+        where = f"{name}, {folder.name}"
+        if kind in ("Dense", "Pooling") and normalize:
+            raise InputError(f"a {kind} module stands after the normalisation", where=where)
+        if kind == "Pooling":
+            pooling = _read_pooling(config, where)
+        elif kind == "Normalize":
+            if config.get("module_input_name", "sentence_embedding") != "sentence_embedding":
+                raise InputError("the model normalises token vectors, as multi-vector models do", where=where)
+            normalize = True
+        elif kind == "Dense":
+            projections.append(_read_dense(config, folder, where))
+        elif kind != "Dropout":
+            raise InputError(
+                f"modules of type {kind} are not supported",
+                where=where,
+                cure="Supported are Transformer, Pooling, Dense, Normalize, Dropout and Router",
+            )
+    return TowerLayout(Path(), pooling, tuple(projections), normalize)
+
+
+def _read_pooling(config: dict[str, Any], where: str) -> str:
+    modes = config.get("pooling_mode")
+    if modes is None:
+        modes = [mode for mode, key in POOLING_KEYS.items() if config.get(key)]
+    modes = [modes] if isinstance(modes, str) else list(modes)
+    if len(modes) != 1 or modes[0] not in _POOLINGS:
+        raise InputError(
+            f"the model pools by {' + '.join(modes) or 'nothing'}",
+            where=where,
+            cure="Supported are cls, mean and last-token pooling",
+        )
+    if config.get("include_prompt", True) is False:
+        raise InputError(
+            "the model leaves the prompt out of its pooling, which is not supported",
+            where=where,
+            cure="Give a model whose prompt is part of the text (include_prompt: true)",
+        )
+    return _POOLINGS[modes[0]]
+
+
+def _read_dense(config: dict[str, Any], folder: Path, where: str) -> ProjectionLayout:
+    if config.get("module_input_name", "sentence_embedding") != "sentence_embedding" or config.get("use_residual"):
+        raise InputError("the Dense module works on token vectors or has a residual connection", where=where)
+    activation = config.get("activation_function") or ACTIVATIONS["Tanh"]
+    short = activation.rpartition(".")[2]
+    if short not in ACTIVATIONS or not activation.startswith("torch.nn."):
+        raise InputError(
+            f"the activation {activation!r} is not supported", where=where, cure=f"Supported: {', '.join(ACTIVATIONS)}"
+        )
+    return ProjectionLayout(config["in_features"], config["out_features"], config.get("bias", True), short, folder)
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def _module(position: int, path: str, kind: str) -> dict[str, Any]:
+    return {"idx": position, "name": str(position), "path": path, "type": f"sentence_transformers.models.{kind}"}
+
+
+def write_tail(
+    folder: Path, pooling: str | None, dimension: int, projections: list, normalize: bool, prefix: str = ""
+) -> list[tuple[str, str]]:
+    """Writes the modules after a transformer into `folder` and returns their (path, class) in order.
+
+    Args:
+        folder: Where the module folders are made.
+        pooling: `"cls"`, `"mean"`, `"last"`, or None for no pooling module.
+        dimension: Width of the transformer's hidden states.
+        projections: Pairs of [`ProjectionLayout`] and the tensors `linear.weight` (and `linear.bias`).
+        normalize: Whether a normalisation ends the list.
+        prefix: Put before the names of the module folders, which are numbered from 1.
+    """
+    from safetensors.torch import save_file
+
+    entries: list[tuple[str, str]] = []
+    if pooling is not None:
+        chosen = {"last": "lasttoken"}.get(pooling, pooling)
+        config = {"word_embedding_dimension": dimension, "include_prompt": True}
+        config |= {key: mode == chosen for mode, key in POOLING_KEYS.items()}
+        entries.append((f"{prefix}1_Pooling", "Pooling"))
+        write_json(folder / entries[-1][0] / "config.json", config)
+    for layout, tensors in projections:
+        entries.append((f"{prefix}{1 + len(entries)}_Dense", "Dense"))
+        config = layout.settings() | {"activation_function": ACTIVATIONS[layout.activation]}
+        del config["activation"]
+        write_json(folder / entries[-1][0] / "config.json", config)
+        save_file(tensors, folder / entries[-1][0] / "model.safetensors", metadata={"format": "pt"})
+    if normalize:
+        entries.append((f"{prefix}{1 + len(entries)}_Normalize", "Normalize"))
+        (folder / entries[-1][0]).mkdir(parents=True, exist_ok=True)
+    return entries
+
+
+def write_modules(folder: Path, entries: list[tuple[str, str]]) -> None:
+    """Writes `modules.json` from (path, class) pairs."""
+    write_json(folder / "modules.json", [_module(n, path, kind) for n, (path, kind) in enumerate(entries)])
+
+
+def write_router(folder: Path, query: list[tuple[str, str]], passage: list[tuple[str, str]]) -> None:
+    """Writes `router_config.json` for two towers whose modules lie in subfolders of `folder`."""
+    types = {path: f"sentence_transformers.models.{kind}" for path, kind in (*query, *passage)}
+    structure = {"query": [path for path, _ in query], "document": [path for path, _ in passage]}
+    parameters = {"default_route": "document", "allow_empty_key": True}
+    write_json(folder / "router_config.json", {"types": types, "structure": structure, "parameters": parameters})
+
+
+def write_lengths(folder: Path, query_length: int, passage_length: int, **more: Any) -> None:
+    """Writes `sentence_bert_config.json`; lengths by task only where they differ, as only new versions know them."""
+    config: dict[str, Any] = {"max_seq_length": max(query_length, passage_length), "do_lower_case": False, **more}
+    if query_length != passage_length:
+        config |= {"query_length": query_length, "document_length": passage_length}
+    write_json(folder / "sentence_bert_config.json", config)
+
+
+def write_settings(folder: Path, model_type: str, prompts: dict[str, str], **more: Any) -> None:
+    """Writes `config_sentence_transformers.json`."""
+    import torch
+    import transformers
+
+    write_json(
+        folder / "config_sentence_transformers.json",
+        {
+            "model_type": model_type,
+            "__version__": {"transformers": transformers.__version__, "pytorch": torch.__version__},
+            "prompts": prompts,
+            "default_prompt_name": None,
+            **more,
+        },
+    )

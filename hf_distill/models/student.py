@@ -1,0 +1,186 @@
+"""Students cut from a teacher: some of its layers, everything else as it is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import InputError
+from .base import RetrievalModel, freeze_unused, is_adapted, quiet_transformers
+from .cross_encoder import CrossEncoderRanker
+from .dense import DenseRetriever
+
+
+_CHOICES = ("first", "last", "even")
+
+
+def student_from(
+    spec: str | Path,
+    teacher: str | Path | RetrievalModel | None = None,
+    *,
+    revision: str | None = None,
+    **overrides: Any,
+) -> RetrievalModel:
+    """The model to be trained.
+
+    Args:
+        spec: `"layers:N"` for the teacher's first N layers, `"layers:N:last"` or `"layers:N:even"` (evenly spaced, the
+            first and the last among them), or any model id or folder, which is opened as it is.
+        teacher: Whose layers are meant: a model id, folder or model. Its pooling, prompts and lengths are kept.
+        revision: Branch, tag or commit of the model on the Hub.
+        overrides: Settings that replace the model's own, as in [`DenseRetriever.from_pretrained`].
+
+    Returns:
+        The student, with float32 weights of its own.
+
+    Raises:
+        InputError: If the specification cannot be met.
+    """
+    spec = str(spec)
+    if not spec.startswith("layers:"):
+        return load_model(spec, revision=revision, **overrides)
+    count, choice = _parse(spec)
+    if teacher is None:
+        raise InputError("there is no teacher to take layers from", where=f"student {spec!r}", cure="Name a teacher")
+    if isinstance(teacher, RetrievalModel):
+        model = copy.deepcopy(teacher).float().requires_grad_(True)
+        for tower in model.towers.values():
+            freeze_unused(tower)
+        for key, value in overrides.items():
+            if value is not None:
+                setattr(model.config, key, value)
+    else:
+        model = load_model(teacher, revision=revision, **overrides)
+    total = len(layer_list(model.backbone)[1])
+    if count > total:
+        raise InputError(
+            f"the teacher has {total} layers", where=f"student {spec!r}", cure=f"Ask for at most {total} layers"
+        )
+    return reduce_layers(model, layer_positions(count, total, choice))
+
+
+def load_model(
+    name: str | Path, *, revision: str | None = None, **overrides: Any
+) -> DenseRetriever | CrossEncoderRanker:
+    """Opens a dense retriever or a cross-encoder, whichever the files describe.
+
+    Args:
+        name: Model id or folder.
+        revision: Branch, tag or commit on the Hub.
+        overrides: `dtype`, `attn_implementation` and settings, as the archetype's `from_pretrained` takes them.
+    """
+    from . import layouts
+    from .source import find_model
+
+    source = find_model(name, revision)
+    layout = layouts.read_layout(source.folder, source.name)
+    archetype = CrossEncoderRanker if layout.kind == "cross-encoder" else DenseRetriever
+    return archetype.from_pretrained(name, revision=revision, **overrides)
+
+
+def layer_positions(count: int, total: int, choice: str = "first") -> list[int]:
+    """Which `count` of `total` layers are kept: the first, the last, or evenly spaced ones."""
+    if choice == "first":
+        return list(range(count))
+    if choice == "last":
+        return list(range(total - count, total))
+    if count == 1:
+        return [0]
+    # Halves are rounded up, in whole numbers: the same on every machine.
+    return [(2 * number * (total - 1) + count - 1) // (2 * (count - 1)) for number in range(count)]
+
+
+def reduce_layers(model: RetrievalModel, positions: Sequence[int]) -> RetrievalModel:
+    """Keeps only some layers of every tower, in place.
+
+    Args:
+        model: Any model of this library whose backbone keeps its layers in one list.
+        positions: The layers to keep, counted from 0, in ascending order.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: If a position does not exist, or the backbone shares its layers or keeps them elsewhere.
+    """
+    positions = list(positions)
+    for name, tower in model.towers.items():
+        if is_adapted(tower):
+            raise InputError("the model carries adapters", where="reduce_layers", cure="Merge them first")
+        setattr(model, name, _reduced(tower, positions))
+    for tower in model.towers.values():
+        if isinstance(model, DenseRetriever):
+            freeze_unused(tower)
+    model.config.backbone = model.backbone.config.to_dict()
+    return model.train(model.training)
+
+
+def layer_list(backbone: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and list of a backbone's layers: the one module list as long as the configuration says."""
+    total = backbone.config.num_hidden_layers
+    found = [
+        (name, module)
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == total
+    ]
+    if not found:
+        raise InputError(
+            f"the backbone {backbone.config.model_type!r} has no list of {total} layers (it may share them)",
+            where="layers",
+            cure="Name a smaller pretrained model as the student instead",
+        )
+    # Lists inside a layer (experts, say) come after the list of layers in this order.
+    return found[0]
+
+
+def _reduced(backbone: PreTrainedModel, positions: list[int]) -> PreTrainedModel:
+    prefix, layers = layer_list(backbone)
+    total = len(layers)
+    if not positions or positions != sorted(set(positions)) or positions[0] < 0 or positions[-1] >= total:
+        raise InputError(f"the backbone has the layers 0 to {total - 1}, not {positions}", where="layers")
+    config = copy.deepcopy(backbone.config)
+    for key, value in list(vars(config).items()):
+        # Settings by layer, such as the kinds of attention of a decoder.
+        if isinstance(value, list) and len(value) == total and key != "architectures":
+            setattr(config, key, [value[position] for position in positions])
+    config.num_hidden_layers = len(positions)
+    kept: dict[str, Any] = {}
+    for key, tensor in backbone.state_dict().items():
+        if not key.startswith(f"{prefix}."):
+            kept[key] = tensor
+            continue
+        number, _, rest = key[len(prefix) + 1 :].partition(".")
+        if int(number) in positions:
+            kept[f"{prefix}.{positions.index(int(number))}.{rest}"] = tensor
+    # Rebuilt rather than cut: a layer may know its own number or kind.
+    with quiet_transformers():
+        reduced, report = type(backbone).from_pretrained(
+            None, config=config, state_dict=kept, dtype=backbone.dtype, output_loading_info=True
+        )
+    lacking = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
+    if lacking or report["unexpected_keys"]:
+        raise InputError(
+            f"the layers {positions} make no complete backbone (weights such as {lacking[:1] or 'unexpected ones'})",
+            where="layers",
+            cure="Choose layers of one kind; the first layer of some families cannot be left out",
+        )
+    if getattr(backbone, "pooler", None) is None and getattr(reduced, "pooler", None) is not None:
+        reduced.pooler = None
+    return reduced.to(backbone.device)
+
+
+def _parse(spec: str) -> tuple[int, str]:
+    parts = spec.split(":")
+    choice = parts[2] if len(parts) > 2 else "first"
+    if len(parts) > 3 or not parts[1].isdigit() or int(parts[1]) < 1 or choice not in _CHOICES:
+        raise InputError(
+            f"{spec!r} is no choice of layers",
+            where="student",
+            cure="Write layers:3, layers:3:last or layers:3:even, or a model id",
+        )
+    return int(parts[1]), choice
