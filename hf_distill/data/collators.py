@@ -121,7 +121,8 @@ class RetrievalCollator:
             prompts, template, lengths and padding.
         deduplicate: Encode every distinct text once. `False` encodes repeated texts separately, each with its own
             dropout, for fidelity to code that does.
-        num_chunks: Chunks of similar length per token batch.
+        num_chunks: Chunks of similar length per token batch: one number, or one for each of `"query"`, `"passage"` and
+            `"pair"`.
         max_positives: Width of `positive_ids`, so that all processes have equal shapes
             (`TrainingRows.max_positives`); without it, the most in the batch.
         stores: Cached embeddings per teacher, *(queries', passages')*, looked up by position.
@@ -144,12 +145,14 @@ class RetrievalCollator:
         encoders: Mapping[str, TextProcessor],
         *,
         deduplicate: bool = True,
-        num_chunks: int = 1,
+        num_chunks: int | Mapping[str, int] = 1,
         max_positives: int | None = None,
         stores: Mapping[str, tuple[Any, Any]] | None = None,
     ):
         self.queries, self.corpus, self.encoders, self.stores = queries, corpus, dict(encoders), dict(stores or {})
-        self.deduplicate, self.num_chunks, self.max_positives = deduplicate, num_chunks, max_positives
+        self.deduplicate, self.max_positives = deduplicate, max_positives
+        kinds = ("query", "passage", "pair")
+        self.num_chunks = num_chunks if isinstance(num_chunks, Mapping) else dict.fromkeys(kinds, num_chunks)
         # With equal renderings under every template, two documents are the same text for every model.
         self.templates = list(dict.fromkeys(processor.template for processor in self.encoders.values())) or [None]
 
@@ -213,10 +216,10 @@ class RetrievalCollator:
             features, segments = processor.pairs(
                 [query_texts[i] for i in np.repeat(query_index, per_query)], [passage_texts[i] for i in passage_index]
             )
-            return {"pair": token_batch(features, num_chunks=self.num_chunks, token_type_ids=segments, **shape)}
+            return {"pair": token_batch(features, num_chunks=self.num_chunks["pair"], token_type_ids=segments, **shape)}
         return {
-            "query": token_batch(processor.queries(query_texts), num_chunks=self.num_chunks, **shape),
-            "passage": token_batch(processor.passages(passage_texts), num_chunks=self.num_chunks, **shape),
+            "query": token_batch(processor.queries(query_texts), num_chunks=self.num_chunks["query"], **shape),
+            "passage": token_batch(processor.passages(passage_texts), num_chunks=self.num_chunks["passage"], **shape),
         }
 
     def _positive_ids(self, examples: Sequence[Example]) -> np.ndarray:

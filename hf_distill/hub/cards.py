@@ -5,7 +5,6 @@ from __future__ import annotations
 import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..errors import InputError
 from ..files import write_text
@@ -24,13 +23,6 @@ def template_path(name: str) -> Path:
         if path.is_file():
             return path
     raise InputError(f"there is no card template {name}.md", where=str(checkout), cure="Reinstall hf_distill")
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table; every column but the first is right-aligned."""
-    lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
-    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
 
 
 def usage_of(kind: str, name: str) -> str:

@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ def run_manifest(**sections: Any) -> dict[str, Any]:
     """
     return without_secrets(
         {
-            "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "made": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": command_line(),
             "code": code_version(),
             "versions": versions(),

@@ -7,8 +7,8 @@ the rank. Student and teachers use the same functions, so their score matrices a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 
@@ -18,7 +18,15 @@ from ..losses.false_negatives import known_negatives_mask
 
 CANDIDATES = ("own", "in_batch", "global")
 
-Similarity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+class Comparison(Protocol):
+    """How embeddings are compared, in float32: a [`DenseRetriever`], or a teacher whose embeddings are cached."""
+
+    def similarity_scores(self, query: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
+        """`[Q, D]` and `[C, D]` to scores `[Q, C]`."""
+
+    def own_scores(self, query: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
+        """`[Q, D]` and `[Q, M, D]` to scores `[Q, M]`."""
 
 
 def arrange(
@@ -29,22 +37,24 @@ def arrange(
     return query[batch["query_index"]], passage[batch["passage_index"]].view(rows, width, -1)
 
 
-def candidate_scores(similarity: Similarity, query: torch.Tensor, passage: torch.Tensor, candidates: str):
+def candidate_scores(
+    comparison: Comparison, query: torch.Tensor, passage: torch.Tensor, candidates: str
+) -> torch.Tensor:
     """Scores of every query with its candidates, in float32.
 
     Args:
-        similarity: Maps `[Q, D]` and `[C, D]` to scores `[Q, C]`.
+        comparison: Compares embeddings.
         query: `[Q, D]`, one row a query.
         passage: `[Q, M, D]`, the row's own candidates, the positive first.
         candidates: `"own"` gives `[Q, M]`, `"in_batch"` `[Q, Q·M]`, `"global"` `[W·Q, W·Q·M]`, W being the number of
             processes.
     """
     if candidates == "own":
-        return torch.vmap(lambda one, own: similarity(one.unsqueeze(0), own).squeeze(0))(query, passage)
+        return comparison.own_scores(query, passage)
     flat = passage.flatten(0, 1)
     if candidates == "global":
         query, flat = gather_rows(query), gather_rows(flat)
-    return similarity(query, flat)
+    return comparison.similarity_scores(query, flat)
 
 
 def candidate_layout(

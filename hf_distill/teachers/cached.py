@@ -62,7 +62,7 @@ class CachedEmbeddings(Teacher):
     ):
         super().__init__(name)
         self.stores, self.similarity, self.temperature = (queries, passages), similarity, temperature
-        self.embedding_size = queries.dim
+        self.embedding_dim = queries.dim
         self.origin = dict(origin or {})
 
     def embeddings(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,12 +70,22 @@ class CachedEmbeddings(Teacher):
         return arrange(vectors["query"].float(), vectors["passage"].float(), batch)
 
     def scores(self, batch: Mapping[str, Any], candidates: str) -> torch.Tensor:
-        return candidate_scores(self._similarity, *self.embeddings(batch), candidates)
+        return candidate_scores(self, *self.embeddings(batch), candidates)
 
-    def _similarity(self, query: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
-        if self.similarity == "cosine":
-            query, passage = (torch.nn.functional.normalize(part, dim=-1) for part in (query, passage))
+    def similarity_scores(self, query: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
+        """`[Q, D]` and `[C, D]` to scores `[Q, C]`."""
+        query, passage = self._scaled(query, passage)
         return query @ passage.T / self.temperature
+
+    def own_scores(self, query: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
+        """`[Q, D]` and `[Q, M, D]` to scores `[Q, M]`."""
+        query, passage = self._scaled(query, passage)
+        return (passage @ query.unsqueeze(-1)).squeeze(-1) / self.temperature
+
+    def _scaled(self, *vectors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self.similarity == "cosine":
+            return tuple(torch.nn.functional.normalize(part, dim=-1) for part in vectors)
+        return vectors
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), **self.origin}

@@ -30,7 +30,7 @@ class LiveTeacher(Teacher):
         self._output: Any = None
         if not self.is_ranker:
             self.candidate_sets = CANDIDATES
-            self.embedding_size = model.embedding_size
+            self.embedding_dim = model.embedding_dim
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)
@@ -53,7 +53,7 @@ class LiveTeacher(Teacher):
     def scores(self, batch: Mapping[str, Any], candidates: str) -> torch.Tensor:
         if self.is_ranker:
             return self._forward(batch).float().view(batch["passage_ids"].shape)
-        return candidate_scores(self.model.similarity_scores, *self.embeddings(batch), candidates)
+        return candidate_scores(self.model, *self.embeddings(batch), candidates)
 
     def describe(self) -> dict[str, Any]:
         return {

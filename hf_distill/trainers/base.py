@@ -14,12 +14,13 @@ from transformers import Trainer, TrainerCallback
 from ..data.collators import RetrievalCollator
 from ..data.negatives import EpochSampler, TrainingRows
 from ..data.rows import RowSet
-from ..distributed import rank, scale_gradient, sum_over_processes, world_size
+from ..distributed import scale_gradient, sum_over_processes, world_size
 from ..errors import InputError
 from ..evaluation.in_loop import RetrievalEvaluation
 from ..files import write_json, write_text
 from ..losses.combine import LossTerm
-from ..models.base import RetrievalModel, set_dropout, use_attention
+from ..models.base import RetrievalModel
+from ..models.dropout import set_dropout
 from .arguments import RetrievalTrainingArguments
 
 
@@ -67,7 +68,7 @@ class BaseTrainer(Trainer):
         dataset = collator = None
         if rows is not None:
             dataset = self._make_dataset(rows, args, score_columns)
-            collator = self._make_collator(model, rows, args, encoders or {}, stores or {})
+            collator = self._make_collator(model, dataset, args, encoders or {}, stores or {})
         self._part_sums: dict[str, torch.Tensor] = {}
         self._part_steps = 0
         super().__init__(
@@ -107,7 +108,7 @@ class BaseTrainer(Trainer):
     def _make_collator(
         self,
         model: RetrievalModel,
-        rows: RowSet,
+        dataset: TrainingRows,
         args: RetrievalTrainingArguments,
         encoders: Mapping[str, Any],
         stores: Mapping[str, Any],
@@ -123,12 +124,12 @@ class BaseTrainer(Trainer):
             query_chunks = 1
             passage_chunks = args.passage_chunks or (4 if args.device.type == "cpu" else 1)
         return RetrievalCollator(
-            rows.queries,
-            rows.corpus,
+            self.rows.queries,
+            self.rows.corpus,
             {STUDENT: model.processor(), **encoders},
             deduplicate=args.deduplicate,
-            query_chunks=query_chunks,
-            passage_chunks=passage_chunks,
+            num_chunks={"query": query_chunks, "passage": passage_chunks, "pair": passage_chunks},
+            max_positives=dataset.max_positives,
             stores=stores,
         )
 
@@ -205,15 +206,6 @@ class BaseTrainer(Trainer):
         return 0
 
     # ---- Training and evaluation ----
-    def train(self, *args: Any, **kwargs: Any):
-        # The fused attention kernels' backward pass is slow on CPUs.
-        if self.args.device.type == "cpu":
-            use_attention(self.model, "eager")
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            use_attention(self.model, "sdpa")
-
     def evaluate(
         self,
         eval_dataset: RetrievalEvaluation | None = None,
@@ -245,7 +237,7 @@ class BaseTrainer(Trainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        self.accelerator.unwrap_model(model if model is not None else self.model).load_checkpoint(
+        self.accelerator.unwrap_model(model if model is not None else self.model).load_weights(
             resume_from_checkpoint
         )
 
@@ -260,7 +252,3 @@ class BaseTrainer(Trainer):
         """Writes the logged losses and measures as `history.json`."""
         if self.is_world_process_zero():
             write_json(Path(folder or self.args.output_dir) / "history.json", self.state.log_history)
-
-    @property
-    def is_first_process(self) -> bool:
-        return rank() == 0

@@ -105,12 +105,10 @@ class DistillTrainer(RetrievalTrainer):
             if term.loss.inputs != "embeddings":
                 continue
             teacher = self.teacher_of(term)
-            if teacher.embedding_size is None:
+            if teacher.embedding_dim is None:
                 teacher.embeddings({})
-            if teacher.embedding_size != model.embedding_size and teacher.name not in model.training_modules:
-                projection = torch.nn.Linear(model.embedding_size, teacher.embedding_size, bias=False)
-                torch.nn.init.orthogonal_(projection.weight, generator=torch.Generator().manual_seed(0))
-                model.training_modules[teacher.name] = projection
+            if teacher.embedding_dim != model.embedding_dim:
+                model.add_projection(teacher.name, teacher.embedding_dim)
 
     def _look_at_scores(self) -> None:
         """Warns of teachers that say nothing, and fits the temperatures that were left open."""
@@ -153,7 +151,8 @@ class DistillTrainer(RetrievalTrainer):
 
     def _embedding_value(self, term: LossTerm, student: BatchScores) -> torch.Tensor:
         teacher = self.teacher_of(term)
-        vectors = student.output.projected.get(teacher.name, (student.output.query, student.output.passage))
+        output = student.output
+        vectors = (output.projected or {}).get(teacher.name, (output.query, output.passage))
         ours = arrange(*vectors, student.batch)
         theirs = teacher.embeddings(student.batch)
         # Row by row, not text by text: every process then brings as many rows, and the mean of means is the mean.

@@ -36,7 +36,7 @@ class BatchScores:
                 scores = self.output.view(self.batch["passage_ids"].shape)
             else:
                 query, passage = arrange(self.output.query, self.output.passage, self.batch)
-                scores = candidate_scores(self.model.similarity_scores, query, passage, candidates)
+                scores = candidate_scores(self.model, query, passage, candidates)
             self._scores[candidates] = scores
         return self._scores[candidates]
 

@@ -1,0 +1,236 @@
+"""Steps that several verbs share: opening data, claiming an output folder, making rows, training, measuring."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..console import get_logger, is_main_process
+from ..data import Collection, RowSet, Run, load_collection
+from ..errors import InputError
+from ..files import read_json, write_json
+from ..hub.manifest import without_secrets
+from .options import DataOptions, EncodeOptions, ModelOptions, RowOptions
+
+
+if TYPE_CHECKING:
+    from ..models.base import RetrievalModel
+    from ..trainers.base import BaseTrainer
+
+logger = get_logger(__name__)
+
+KEY_FILE = "run_key.json"
+
+# Settings that may change between the first start of a run and a later one without making it another run.
+_NOT_OF_THE_RUN = frozenset(
+    "output_dir cache_dir report_to run_name logging_steps logging_strategy logging_first_step disable_tqdm log_level "
+    "log_level_replica dataloader_num_workers dataloader_prefetch_factor dataloader_pin_memory plan_only push_to_hub "
+    "hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision resume_from_checkpoint "
+    "local_rank parallelism_config accelerator_config logging_dir trackio_space_id".split()
+)
+
+
+@dataclass
+class Data:
+    """An opened collection and the names of its splits."""
+
+    collection: Collection
+    train: str
+    eval: str | None
+    test: str | None
+
+    @classmethod
+    def open(cls, options: DataOptions) -> Data:
+        """Loads and checks the collection; a split that was asked for must be there."""
+        collection = load_collection(options.data, revision=options.data_revision, cache_dir=options.cache_dir)
+        for field in ("train_split", "eval_split", "test_split"):
+            check_split(collection, getattr(options, field), f"--{field}", required=field != "train_split")
+        found = {
+            "eval": options.eval_split or ("dev" if "dev" in collection.qrels else None),
+            "test": options.test_split or ("test" if "test" in collection.qrels else None),
+        }
+        return cls(collection, options.train_split, **found)
+
+
+def check_split(collection: Collection, split: str | None, flag: str, required: bool = True) -> None:
+    """Raises [`InputError`] if a split was named that has no judgements."""
+    if split is not None and split not in collection.qrels and required:
+        raise InputError(
+            f"{collection.name} has no judgements {split!r}",
+            where=flag,
+            cure=f"Its splits are: {', '.join(collection.qrels) or 'none'}",
+        )
+
+
+def settings_of(*options: Any, **facts: Any) -> dict[str, Any]:
+    """The settings that make a run what it is, as JSON: option objects without what has no effect on the result."""
+    settings: dict[str, Any] = {}
+    for option in options:
+        fields = option.to_dict() if hasattr(option, "to_dict") else asdict(option) if is_dataclass(option) else option
+        settings.update({name: value for name, value in fields.items() if name not in _NOT_OF_THE_RUN})
+    return json.loads(json.dumps(without_secrets({**settings, **facts}), default=str, sort_keys=True))
+
+
+def claim_output(folder: str | Path, settings: Mapping[str, Any]) -> Path:
+    """Makes `folder` the output of the run with these settings.
+
+    Raises:
+        InputError: If it is another run's, naming what differs, or holds files that are no run's.
+    """
+    folder = Path(folder)
+    key = folder / KEY_FILE
+    if key.is_file():
+        theirs = read_json(key)
+        differing = sorted(name for name in {*theirs, *settings} if theirs.get(name) != settings.get(name))
+        if differing:
+            shown = "; ".join(f"{name}: {theirs.get(name)!r}, now {settings.get(name)!r}" for name in differing[:5])
+            raise InputError(
+                f"holds another run ({shown})",
+                where=str(folder),
+                cure="Choose another --output_dir, or remove that folder",
+            )
+        logger.info("%s holds this run already: going on where it stopped.", folder)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise InputError(
+            "is not empty and holds no run of this command",
+            where=str(folder),
+            cure="Choose another --output_dir, or remove that folder",
+        )
+    elif is_main_process():
+        write_json(key, settings)
+    return folder
+
+
+def last_complete_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint that was written to its end; newer ones that were cut off are removed."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from ..distributed import world_size
+
+    while Path(folder).is_dir() and (checkpoint := get_last_checkpoint(str(folder))) is not None:
+        # The state is the last file of a checkpoint but for the random states of the other processes.
+        random_states = len(list(Path(checkpoint).glob("rng_state*.pth")))
+        try:
+            read_json(Path(checkpoint) / "trainer_state.json")
+            complete = random_states >= world_size()
+        except (OSError, ValueError):
+            complete = False
+        if complete:
+            return checkpoint
+        logger.warning("%s was cut off while it was written; going back to the one before.", checkpoint)
+        if is_main_process():
+            shutil.rmtree(checkpoint)
+        _wait_for_everyone()
+    return None
+
+
+def _wait_for_everyone() -> None:
+    from accelerate import PartialState
+
+    PartialState().wait_for_everyone()
+
+
+def finish_training(trainer: BaseTrainer) -> None:
+    """Trains to the end, from the last complete checkpoint if there is one, and saves the native model."""
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
+    trainer.save_model()
+    trainer.write_history()
+
+
+def encode_settings(options: EncodeOptions, data: DataOptions) -> dict[str, Any]:
+    """Keyword arguments of [`encode_table`] and of what stands on it."""
+    return {
+        "dtype": options.dtype,
+        "storage": options.storage,
+        "token_budget": options.token_budget,
+        "cache_dir": data.cache_dir,
+    }
+
+
+def model_overrides(options: ModelOptions) -> dict[str, Any]:
+    """The settings of a model that the person gave."""
+    return {name: value for name, value in asdict(options).items() if value is not None}
+
+
+def named_rows(data: Data, name: str) -> RowSet:
+    """A row set by its name in the collection or by its folder."""
+    if name in data.collection.row_sets:
+        return data.collection.rows(name)
+    if Path(name).is_dir():
+        return RowSet.load(name, data.collection.queries, data.collection.corpus)
+    raise InputError(
+        f"there is no row set {name!r}",
+        where="--rows",
+        cure=f"Give a folder, or one of: {', '.join(data.collection.row_sets) or '(the collection has none)'}; "
+        "hf-distill mine makes one",
+    )
+
+
+def parse_window(text: str) -> tuple[int, int]:
+    """`"1,200"` as first and last rank.
+
+    Raises:
+        InputError: If it is anything else.
+    """
+    try:
+        first, last = (int(part) for part in text.split(","))
+    except ValueError:
+        first = last = 0
+    if not 1 <= first <= last:
+        raise InputError(
+            f"{text!r} is not a window of ranks", where="--mine_window", cure="Write for example '1,200'"
+        )
+    return first, last
+
+
+def candidates_run(
+    source: str | RetrievalModel, data: Data, queries: np.ndarray, depth: int, settings: Mapping[str, Any], index: str
+) -> Run:
+    """The best `depth` passages of each query, by BM25 or by a model."""
+    from ..retrieval import bm25_search, search
+
+    if source == "bm25":
+        return bm25_search(data.collection, queries, depth)
+    return search(source, data.collection, queries, depth, factory=index, **settings)
+
+
+def sample_rows(rows: RowSet, limit: int | None, seed: int) -> RowSet:
+    """At most `limit` rows, a seeded sample in the order of the rows."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return rows.select(np.sort(np.random.default_rng(seed).choice(len(rows), limit, replace=False)))
+
+
+def mined_rows(
+    source: str | RetrievalModel,
+    data: Data,
+    options: RowOptions,
+    settings: Mapping[str, Any],
+    *,
+    index: str = "Flat",
+    seed: int = 42,
+) -> RowSet:
+    """Mines training rows as `options` say."""
+    from ..retrieval import mine
+
+    queries = data.collection.qrels[data.train].query_positions()
+    run = candidates_run(source, data, queries, options.mine_depth, settings, index)
+    return mine(
+        run,
+        data.collection,
+        data.train,
+        depth=options.mine_depth,
+        window=parse_window(options.mine_window),
+        num_negatives=options.mine_negatives,
+        margin=options.mine_margin,
+        relative_margin=options.mine_relative_margin,
+        sampling=options.mine_sampling,
+        seed=seed,
+        source=source if isinstance(source, str) else Path(source.name_or_path).name,
+    )

@@ -1,0 +1,33 @@
+"""The trainers' arguments with the defaults of the command line: evaluate, keep the best, save often."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..trainers.arguments import DistillTrainingArguments, RetrievalTrainingArguments
+
+
+@dataclass
+class _CommandLineDefaults:
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training rows."})
+    eval_strategy: str = field(
+        default="steps", metadata={"help": "Evaluate during training: steps, epoch, or no (also without a dev split)."}
+    )
+    eval_steps: float | None = field(default=0.25, metadata={"help": "How often: steps, or below 1 a share of all."})
+    save_strategy: str = field(default="steps", metadata={"help": "Save checkpoints: steps, epoch, best or no."})
+    save_steps: float = field(default=0.25, metadata={"help": "How often: steps, or below 1 a share of all."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint on dev."})
+    eval_corpus_size: int | None = field(
+        default=5000, metadata={"help": "Passages searched in an evaluation during training; 0 means all."}
+    )
+    learning_rate: float = field(default=1e-4, metadata={"help": "The peak learning rate."})
+
+
+@dataclass
+class TrainArguments(_CommandLineDefaults, RetrievalTrainingArguments):
+    """What `hf-distill train` parses."""
+
+
+@dataclass
+class DistillArguments(_CommandLineDefaults, DistillTrainingArguments):
+    """What `hf-distill distill` parses."""
