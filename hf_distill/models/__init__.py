@@ -8,7 +8,7 @@ from ..lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "base": ["RetrievalConfig", "RetrievalModel", "use_attention"],
+        "base": ["RetrievalConfig", "RetrievalModel", "set_dropout", "use_attention"],
         "cross_encoder": ["CrossEncoderConfig", "CrossEncoderRanker"],
         "dense": ["DenseRetriever", "DenseRetrieverConfig", "RetrieverOutput"],
         "processing": ["DEFAULT_TEMPLATE", "TextProcessor"],

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..console import get_logger
 from ..errors import InputError
 from . import layouts
+from .loading import position_offset, quiet_transformers
 from .processing import DEFAULT_TEMPLATE, TextProcessor
 from .source import ModelSource
 
 
 logger = get_logger(__name__)
 
-# Encoder-decoder families whose encoder is a model of its own.
-_ENCODER_CLASSES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 # Backbones that do nothing with token ids but look up embeddings, so that a lookup for several chunks is the same.
 _PLAIN_LOOKUP = {"bert", "distilbert", "electra", "roberta", "xlm-roberta", "camembert", "albert", "llama", "qwen2",
                  "qwen3", "mistral"}  # fmt: skip
@@ -72,6 +70,7 @@ class RetrievalModel(PreTrainedModel):
         self.tokenizer = tokenizer
         self.source: ModelSource | None = None
         self.recompute = False
+        self.attention_is_fixed = False
         self.training_modules = nn.ModuleDict()
         # Read by transformers where a model's tied weights are asked for; the backbones answer for themselves.
         self.all_tied_weights_keys: dict[str, str] = {}
@@ -102,7 +101,7 @@ class RetrievalModel(PreTrainedModel):
     def train(self, mode: bool = True) -> RetrievalModel:
         """Sets training or inference mode; on a CPU this also chooses the attention that is fastest there."""
         super().train(mode)
-        if self.device.type == "cpu" and getattr(self, "_attention_is_free", False):
+        if self.device.type == "cpu":
             # The backward pass of PyTorch's fused attention runs at a tenth of the eager one's speed on CPUs.
             use_attention(self, "eager" if mode else "sdpa")
         return self
@@ -148,7 +147,7 @@ class RetrievalModel(PreTrainedModel):
         if "use_cache" in names:
             inputs["use_cache"] = False
         padded_left = self.tokenizer is not None and self.tokenizer.padding_side == "left"
-        if padded_left and "position_ids" in names and _position_offset(plain) is None:
+        if padded_left and "position_ids" in names and position_offset(plain) is None:
             # Backbones count positions from the left edge; the first token has to be at 0 however much padding there
             # is. (Those of the RoBERTa family count from the token ids and need no help.)
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
@@ -238,7 +237,7 @@ class RetrievalModel(PreTrainedModel):
         else:
             (folder / layouts.TRAINING_FILE).unlink(missing_ok=True)
 
-    def load_weights(self, folder: str | os.PathLike) -> None:
+    def load_checkpoint(self, folder: str | os.PathLike) -> None:
         """Takes over the weights that `save_pretrained` wrote for this very model, in place (to resume training).
 
         Adapters are restored as adapters: the exported folder holds them merged, `training_modules.safetensors` apart.
@@ -284,9 +283,11 @@ class RetrievalModel(PreTrainedModel):
             duplicate = copy.deepcopy(tower)
             duplicate.load_state_dict(own)
             merged = duplicate.merge_and_unload()
-            merged.save_pretrained(folder)
+            with quiet_transformers():
+                merged.save_pretrained(folder)
         else:
-            tower.save_pretrained(folder, state_dict=own)
+            with quiet_transformers():
+                tower.save_pretrained(folder, state_dict=own)
         if self.tokenizer is not None:
             backend = getattr(self.tokenizer, "backend_tokenizer", None)
             if backend is not None:
@@ -300,15 +301,16 @@ class RetrievalModel(PreTrainedModel):
         if is_adapted(tower):
             return
         with quiet_transformers():
-            loaded = type(tower).from_pretrained(folder, config=copy.deepcopy(tower.config), dtype=tower.dtype)
-        state = loaded.state_dict()
-        unused = set(_unused(tower))
+            loaded, report = type(tower).from_pretrained(
+                folder, config=copy.deepcopy(tower.config), dtype=tower.dtype, output_loading_info=True
+            )
         own = set(tower.state_dict())
-        state = {key: value for key, value in state.items() if key in own or key.split(".")[0] not in ("pooler",)}
-        missing = [key for key in own - set(state) if key.split(".")[0] not in unused]
-        if missing or set(state) - own:
-            raise RuntimeError(f"weights differ in {sorted(missing or set(state) - own)[:3]}")
-        tower.load_state_dict(state, strict=False)
+        wrong = [
+            key for key in (*report["missing_keys"], *report["unexpected_keys"]) if key in own or "pooler" not in key
+        ]
+        if wrong:
+            raise RuntimeError(f"weights differ in {sorted(wrong)[:3]}")
+        tower.load_state_dict({key: tensor for key, tensor in loaded.state_dict().items() if key in own})
 
 
 # ------------------------------------------------------------------------------------------------------- helpers
@@ -317,8 +319,11 @@ class RetrievalModel(PreTrainedModel):
 def use_attention(model: RetrievalModel, implementation: str) -> None:
     """Switches the attention of every tower, for example to `"eager"` for training on a CPU and `"sdpa"` else.
 
-    Does nothing (and costs microseconds) where it is in use already; a backbone that lacks it keeps its own.
+    Does nothing (and costs microseconds) where it is in use already. A backbone that lacks it keeps its own, and so
+    does a model that was opened with an attention of the user's choice.
     """
+    if model.attention_is_fixed:
+        return
     for tower in model.towers.values():
         plain = plain_model(tower)
         if plain.config._attn_implementation == implementation:
@@ -326,6 +331,24 @@ def use_attention(model: RetrievalModel, implementation: str) -> None:
         if implementation == "sdpa" and not getattr(plain, "_supports_sdpa", False):
             continue
         plain.set_attn_implementation(implementation)
+
+
+def set_dropout(model: RetrievalModel, probability: float) -> None:
+    """Sets every dropout of the towers, in hidden states and attention alike; 0 turns dropout off.
+
+    Raises:
+        InputError: If `probability` is not in [0, 1).
+    """
+    if not 0 <= probability < 1:
+        raise InputError(f"dropout is {probability}", cure="Choose a probability from 0 to below 1")
+    for tower in model.towers.values():
+        for module in tower.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = float(probability)
+            # Attention functions take their probability from a plain number.
+            for name, value in vars(module).items():
+                if "dropout" in name and isinstance(value, float):
+                    setattr(module, name, float(probability))
 
 
 def is_adapted(tower: nn.Module) -> bool:
@@ -338,22 +361,6 @@ def plain_model(tower: nn.Module) -> PreTrainedModel:
     return tower.get_base_model() if is_adapted(tower) else tower
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silences transformers' report on loaded weights, which the callers check themselves."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
 _NAMES: dict[type, frozenset[str]] = {}
 
 
@@ -363,140 +370,9 @@ def _forward_names(model_class: type) -> frozenset[str]:
     return _NAMES[model_class]
 
 
-def _position_offset(model: PreTrainedModel) -> int | None:
-    """The padding index that RoBERTa-like models add to positions; None for all others."""
-    base = getattr(model, model.base_model_prefix, model) if model.base_model_prefix else model
-    embeddings = getattr(base, "embeddings", None)
-    if isinstance(getattr(embeddings, "position_embeddings", None), nn.Embedding):
-        return getattr(embeddings, "padding_idx", None)
-    return None
-
-
-def longest_input(model: PreTrainedModel) -> int | None:
-    """Most tokens that a backbone has positions for; None where nothing limits them."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions <= 0:
-        return None
-    offset = _position_offset(model)
-    return positions if offset is None else positions - offset - 1
-
-
-def choose_length(
-    wanted: int | None, recorded: int | None, tokenizer: Any, model: PreTrainedModel, where: str, option: str
-) -> int:
-    """The length limit of one kind of text: as asked, else as the folder says, else what the model can take."""
-    limit = longest_input(model)
-    if wanted is not None:
-        if wanted < 3 or (limit is not None and wanted > limit):
-            raise InputError(
-                f"{option} is {wanted}, but the model reads 3 to {limit or 'any number of'} tokens",
-                where=where,
-                cure=f"Choose a smaller {option}" if wanted >= 3 else f"Choose a larger {option}",
-            )
-        return wanted
-    length = recorded or tokenizer.model_max_length
-    return min(length, limit) if limit is not None else int(min(length, 1 << 20))
-
-
 def _unused(tower: nn.Module) -> list[str]:
     """Submodules that the forward pass of a dense model does not use."""
     return getattr(tower, "_hf_distill_unused", [])
-
-
-def load_backbone(
-    folder: Path, name: str, dtype: str | torch.dtype, *, head: bool = False, attention: str | None = None
-) -> PreTrainedModel:
-    """Opens a folder's transformers model.
-
-    Args:
-        folder: The folder.
-        name: What the user called the model, for messages.
-        dtype: The weights' precision, whatever the folder's is.
-        head: With a classification head of one label, or without any head.
-        attention: The attention implementation; None for transformers' choice.
-
-    Raises:
-        InputError: If the folder holds no such model, or weights that do not fill it.
-    """
-    import transformers
-    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
-
-    cure = "Give a folder written by save_pretrained, or a model id of the Hub"
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        needs_code = "trust_remote_code" in str(error)
-        raise InputError(
-            "the model needs Python code of its repository, which this library never runs"
-            if needs_code
-            else f"config.json describes no model that transformers knows ({_first_line(error)})",
-            where=name,
-            cure="Give a model of an architecture that transformers has" if needs_code else cure,
-        ) from None
-    options: dict[str, Any] = {
-        "config": config,
-        "dtype": dtype,
-        "output_loading_info": True,
-        "trust_remote_code": False,
-    }
-    if attention is not None:
-        options["attn_implementation"] = attention
-    loader: Any = AutoModelForSequenceClassification if head else AutoModel
-    if head:
-        _check_labels(config, name)
-    elif getattr(config, "is_encoder_decoder", False):
-        if config.model_type not in _ENCODER_CLASSES:
-            raise InputError(
-                f"the model is an encoder-decoder ({config.model_type})",
-                where=name,
-                cure=f"Give an encoder or a decoder; of encoder-decoders only {', '.join(_ENCODER_CLASSES)} are read",
-            )
-        loader = getattr(transformers, _ENCODER_CLASSES[config.model_type])
-        options.pop("trust_remote_code")
-    try:
-        with quiet_transformers():
-            model, report = loader.from_pretrained(folder, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"the model cannot be loaded ({_first_line(error)})", where=name, cure=cure) from None
-    _check_report(model, report, name, head)
-    return model
-
-
-def _check_labels(config: PretrainedConfig, name: str) -> None:
-    has_head = any(part.endswith("ForSequenceClassification") for part in config.architectures or [])
-    if not has_head:
-        if any(part.endswith("ForCausalLM") for part in config.architectures or []):
-            logger.warning("%s: a language model is given a new classification head; it has to be trained.", name)
-        config.num_labels = 1
-    elif config.num_labels != 1:
-        raise InputError(
-            f"the classifier has {config.num_labels} labels, but a ranker gives one score",
-            where=f"{name}, config.json, field 'num_labels'",
-            cure="Give a cross-encoder with one label (relevance), or the encoder under this classifier to train one",
-        )
-
-
-def _check_report(model: PreTrainedModel, report: Mapping[str, Any], name: str, head: bool) -> None:
-    """Deals with weights that the folder does not have: a spare pooler is dropped, a new head is said, the rest refused."""
-    missing = sorted(report["missing_keys"])
-    mismatched = report.get("mismatched_keys") or []
-    if mismatched:
-        raise InputError(f"the weight {list(mismatched)[0]!r} has another shape than config.json says", where=name)
-    unfilled = [key for key in missing if not key.startswith("pooler.")]
-    if head:
-        prefix = f"{model.base_model_prefix}."
-        new_head = [key for key in missing if not key.startswith(prefix) or key.startswith(f"{prefix}pooler.")]
-        unfilled = [key for key in missing if key not in new_head]
-        if new_head:
-            logger.info("%s: the scoring head is new (%s, ...) and has to be trained.", name, new_head[0])
-    elif len(missing) > len(unfilled):
-        model.pooler = None
-    if unfilled:
-        raise InputError(
-            f"the checkpoint lacks {len(unfilled)} weights of the model, such as {unfilled[0]!r}",
-            where=name,
-            cure="Give a complete checkpoint; one of another architecture has to be converted first",
-        )
 
 
 def freeze_unused(model: PreTrainedModel) -> None:
@@ -504,50 +380,3 @@ def freeze_unused(model: PreTrainedModel) -> None:
     if isinstance(getattr(model, "pooler", None), nn.Module):
         model.pooler.requires_grad_(False)
         model._hf_distill_unused = ["pooler"]
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def load_tokenizer(folder: Path, name: str, model: PreTrainedModel, lowercase: bool = False) -> Any:
-    """Opens a folder's tokenizer and checks that it fits the model.
-
-    Args:
-        folder: The folder.
-        name: What the user called the model, for messages.
-        model: The backbone.
-        lowercase: Lower-case the text first, as sentence-transformers' `do_lower_case` does.
-    """
-    from transformers import AutoTokenizer
-
-    from .processing import prepare_tokenizer
-
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        raise InputError(
-            f"the tokenizer cannot be loaded ({_first_line(error)})",
-            where=name,
-            cure="Save the model's own tokenizer into the folder (tokenizer.save_pretrained)",
-        ) from None
-    tokenizer = prepare_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings, name)
-    if lowercase:
-        _lowercase(tokenizer)
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer
-
-
-def _lowercase(tokenizer: Any) -> None:
-    import json
-
-    from tokenizers import normalizers
-
-    backend = tokenizer.backend_tokenizer
-    state = json.dumps(json.loads(backend.to_str()).get("normalizer"))
-    if '"Lowercase"' in state or '"lowercase": true' in state:
-        return
-    steps = [normalizers.Lowercase(), *([backend.normalizer] if backend.normalizer is not None else [])]
-    backend.normalizer = normalizers.Sequence(steps)

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from ..errors import InputError
 from . import layouts
-from .base import RetrievalConfig, RetrievalModel, choose_length, load_backbone, load_tokenizer, plain_model
+from .base import RetrievalConfig, RetrievalModel, plain_model
+from .loading import choose_length, load_backbone, load_tokenizer
 from .processing import TextProcessor
 from .source import find_model
 
@@ -109,7 +110,7 @@ class CrossEncoderRanker(RetrievalModel):
         config.name_or_path = name
         model = cls(config, backbone, tokenizer)
         model.source = source
-        model._attention_is_free = attn_implementation is None and backbone.config._attn_implementation == "sdpa"
+        model.attention_is_fixed = attn_implementation is not None
         return model.eval()
 
     def processor(self) -> TextProcessor:

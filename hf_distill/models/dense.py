@@ -16,23 +16,15 @@ from transformers.utils import ModelOutput
 
 from ..errors import InputError
 from . import layouts
-from .base import (
-    RetrievalConfig,
-    RetrievalModel,
-    choose_length,
-    freeze_unused,
-    load_backbone,
-    load_tokenizer,
-    plain_model,
-)
+from .base import RetrievalConfig, RetrievalModel, freeze_unused, plain_model
 from .layouts import Layout, ProjectionLayout, TowerLayout
+from .loading import choose_length, load_backbone, load_tokenizer
 from .processing import TextProcessor, tokenizer_fingerprint
 from .source import find_model
 
 
 Kind = Literal["query", "passage"]
 _POOLINGS = ("cls", "mean", "last")
-_PROJECTION = "projection_"
 
 
 class DenseRetrieverConfig(RetrievalConfig):
@@ -169,7 +161,7 @@ class DenseRetriever(RetrievalModel):
         attn_implementation: str | None = None,
         **overrides: Any,
     ) -> DenseRetriever:
-        """Opens any dense model: a folder or Hub id, of sentence-transformers, of transformers, or saved by this class.
+        """Opens any dense model: a folder or Hub id, of any library, or saved by this class.
 
         Args:
             pretrained_model_name_or_path: The folder or Hub id.
@@ -212,7 +204,7 @@ class DenseRetriever(RetrievalModel):
                 _load_projection(module, one)
         model.to(backbone.dtype)
         model.source = source
-        model._attention_is_free = attn_implementation is None and backbone.config._attn_implementation == "sdpa"
+        model.attention_is_fixed = attn_implementation is not None
         return model.eval()
 
     @property
@@ -223,7 +215,7 @@ class DenseRetriever(RetrievalModel):
         return towers
 
     @property
-    def embedding_dim(self) -> int:
+    def embedding_size(self) -> int:
         """Width of the vectors."""
         return self.projections[-1].out_features if len(self.projections) else self.config.hidden_size
 
@@ -301,11 +293,9 @@ class DenseRetriever(RetrievalModel):
             vectors[kind] = torch.cat(parts)[batch["inverse"]]
         query_vectors, passage_vectors = vectors.get("query"), vectors.get("passage")
         projected = {
-            name.removeprefix(_PROJECTION): tuple(
-                None if one is None else module(one) for one in (query_vectors, passage_vectors)
-            )
+            name: tuple(None if one is None else module(one) for one in (query_vectors, passage_vectors))
             for name, module in self.training_modules.items()
-            if name.startswith(_PROJECTION)
+            if isinstance(module, nn.Linear)
         }
         return RetrieverOutput(query=query_vectors, passage=passage_vectors, projected=projected or None)
 
@@ -314,9 +304,7 @@ class DenseRetriever(RetrievalModel):
 
         Its outputs stand in [`RetrieverOutput`]`.projected[name]`; used to compare vectors of different widths.
         """
-        self.training_modules[_PROJECTION + name] = Projection(self.embedding_dim, dimension).to(
-            self.device, self.dtype
-        )
+        self.training_modules[name] = Projection(self.embedding_size, dimension).to(self.device, self.dtype)
 
     def similarity_scores(self, query: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
         """Training scores of queries `[Q, D]` with passages `[C, D]`: float32 `[Q, C]`, divided by the temperature."""

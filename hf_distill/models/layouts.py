@@ -2,8 +2,8 @@
 
 What is read: `modules.json` with the module paths of sentence-transformers 2 to 6 (Transformer, Pooling, Dense,
 Normalize, Dropout, Router), the older and the newer keys of their configurations, two towers as a `Router` or as the
-folders `query_model/` and `passage_model/`, and folders without any of this. What is written: the older paths and keys,
-which every version of sentence-transformers understands.
+folders `query_model/` and `passage_model/`, and folders without any of this. What is written: the older paths and
+keys, which every version of sentence-transformers understands.
 """
 
 from __future__ import annotations

@@ -11,9 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import InputError
-from .base import RetrievalModel, freeze_unused, is_adapted, quiet_transformers
+from .base import RetrievalModel, freeze_unused, is_adapted
 from .cross_encoder import CrossEncoderRanker
 from .dense import DenseRetriever
+from .loading import quiet_transformers
 
 
 _CHOICES = ("first", "last", "even")

@@ -1,0 +1,214 @@
+"""Opening a folder's transformers model and tokenizer, with everything checked that would go wrong later."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..console import get_logger
+from ..errors import InputError
+from .processing import prepare_tokenizer
+
+
+logger = get_logger(__name__)
+
+# Encoder-decoder families whose encoder is a model of its own.
+_ENCODER_CLASSES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silences transformers' report on loaded weights, which the callers check themselves."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def position_offset(model: PreTrainedModel) -> int | None:
+    """The padding index that RoBERTa-like models add to positions; None for all others."""
+    base = getattr(model, model.base_model_prefix, model) if model.base_model_prefix else model
+    embeddings = getattr(base, "embeddings", None)
+    if isinstance(getattr(embeddings, "position_embeddings", None), nn.Embedding):
+        return getattr(embeddings, "padding_idx", None)
+    return None
+
+
+def longest_input(model: PreTrainedModel) -> int | None:
+    """Most tokens that a backbone has positions for; None where nothing limits them."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    offset = position_offset(model)
+    return positions if offset is None else positions - offset - 1
+
+
+def choose_length(
+    wanted: int | None, recorded: int | None, tokenizer: Any, model: PreTrainedModel, where: str, option: str
+) -> int:
+    """The length limit of one kind of text: as asked, else as the folder says, else what the model can take."""
+    limit = longest_input(model)
+    if wanted is not None:
+        if wanted < 3 or (limit is not None and wanted > limit):
+            raise InputError(
+                f"{option} is {wanted}, but the model reads 3 to {limit or 'any number of'} tokens",
+                where=where,
+                cure=f"Choose a smaller {option}" if wanted >= 3 else f"Choose a larger {option}",
+            )
+        return wanted
+    length = recorded or tokenizer.model_max_length
+    return min(length, limit) if limit is not None else int(min(length, 1 << 20))
+
+
+def load_backbone(
+    folder: Path, name: str, dtype: str | torch.dtype, *, head: bool = False, attention: str | None = None
+) -> PreTrainedModel:
+    """Opens a folder's transformers model.
+
+    Args:
+        folder: The folder.
+        name: What the user called the model, for messages.
+        dtype: The weights' precision, whatever the folder's is.
+        head: With a classification head of one label, or without any head.
+        attention: The attention implementation; None for transformers' choice.
+
+    Raises:
+        InputError: If the folder holds no such model, or weights that do not fill it.
+    """
+    import transformers
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+    cure = "Give a folder written by save_pretrained, or a model id of the Hub"
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        needs_code = "trust_remote_code" in str(error)
+        raise InputError(
+            "the model needs Python code of its repository, which this library never runs"
+            if needs_code
+            else f"config.json describes no model that transformers knows ({_first_line(error)})",
+            where=name,
+            cure="Give a model of an architecture that transformers has" if needs_code else cure,
+        ) from None
+    options: dict[str, Any] = {
+        "config": config,
+        "dtype": dtype,
+        "output_loading_info": True,
+        "trust_remote_code": False,
+    }
+    if attention is not None:
+        options["attn_implementation"] = attention
+    loader: Any = AutoModelForSequenceClassification if head else AutoModel
+    if head:
+        _check_labels(config, name)
+    elif getattr(config, "is_encoder_decoder", False):
+        if config.model_type not in _ENCODER_CLASSES:
+            raise InputError(
+                f"the model is an encoder-decoder ({config.model_type})",
+                where=name,
+                cure=f"Give an encoder or a decoder; of encoder-decoders only {', '.join(_ENCODER_CLASSES)} are read",
+            )
+        loader = getattr(transformers, _ENCODER_CLASSES[config.model_type])
+        options.pop("trust_remote_code")
+    try:
+        with quiet_transformers():
+            model, report = loader.from_pretrained(folder, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"the model cannot be loaded ({_first_line(error)})", where=name, cure=cure) from None
+    _check_report(model, report, name, head)
+    return model
+
+
+def _check_labels(config: PretrainedConfig, name: str) -> None:
+    has_head = any(part.endswith("ForSequenceClassification") for part in config.architectures or [])
+    if not has_head:
+        if any(part.endswith("ForCausalLM") for part in config.architectures or []):
+            logger.warning("%s: a language model is given a new classification head; it has to be trained.", name)
+        config.num_labels = 1
+    elif config.num_labels != 1:
+        raise InputError(
+            f"the classifier has {config.num_labels} labels, but a ranker gives one score",
+            where=f"{name}, config.json, field 'num_labels'",
+            cure="Give a cross-encoder with one label (relevance), or the encoder under this classifier to train one",
+        )
+
+
+def _check_report(model: PreTrainedModel, report: Mapping[str, Any], name: str, head: bool) -> None:
+    """What to do about weights that the folder lacks: a spare pooler is dropped, a new head said, the rest refused."""
+    missing = sorted(report["missing_keys"])
+    mismatched = report.get("mismatched_keys") or []
+    if mismatched:
+        raise InputError(f"the weight {list(mismatched)[0]!r} has another shape than config.json says", where=name)
+    unfilled = [key for key in missing if not key.startswith("pooler.")]
+    if head:
+        prefix = f"{model.base_model_prefix}."
+        new_head = [key for key in missing if not key.startswith(prefix) or key.startswith(f"{prefix}pooler.")]
+        unfilled = [key for key in missing if key not in new_head]
+        if new_head:
+            logger.info("%s: the scoring head is new (%s, ...) and has to be trained.", name, new_head[0])
+    elif len(missing) > len(unfilled):
+        model.pooler = None
+    if unfilled:
+        raise InputError(
+            f"the checkpoint lacks {len(unfilled)} weights of the model, such as {unfilled[0]!r}",
+            where=name,
+            cure="Give a complete checkpoint; one of another architecture has to be converted first",
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def load_tokenizer(folder: Path, name: str, model: PreTrainedModel, lowercase: bool = False) -> Any:
+    """Opens a folder's tokenizer and checks that it fits the model.
+
+    Args:
+        folder: The folder.
+        name: What the user called the model, for messages.
+        model: The backbone.
+        lowercase: Lower-case the text first, as sentence-transformers' `do_lower_case` does.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(
+            f"the tokenizer cannot be loaded ({_first_line(error)})",
+            where=name,
+            cure="Save the model's own tokenizer into the folder (tokenizer.save_pretrained)",
+        ) from None
+    tokenizer = prepare_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings, name)
+    if lowercase:
+        _lowercase(tokenizer)
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
+def _lowercase(tokenizer: Any) -> None:
+    import json
+
+    from tokenizers import normalizers
+
+    backend = tokenizer.backend_tokenizer
+    state = json.dumps(json.loads(backend.to_str()).get("normalizer"))
+    if '"Lowercase"' in state or '"lowercase": true' in state:
+        return
+    steps = [normalizers.Lowercase(), *([backend.normalizer] if backend.normalizer is not None else [])]
+    backend.normalizer = normalizers.Sequence(steps)
