@@ -112,7 +112,9 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
             f"{problem} after line {number}", where=str(path), cure="Copy or download the file again; it is incomplete"
         ) from None
     except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror or error})", where=str(path), cure="Check the path") from None
+        raise InputError(
+            f"cannot be read ({error.strerror or error})", where=str(path), cure="Check the path"
+        ) from None
 
 
 def _json_blocks(path: Path, required: Sequence[str]) -> Iterator[Block]:
@@ -133,7 +135,9 @@ def _json_blocks(path: Path, required: Sequence[str]) -> Iterator[Block]:
         try:
             record = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            detail = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+            detail = (
+                f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+            )
             raise InputError(
                 f"not a JSON object ({detail}): {line[:80]!r}",
                 where=f"{path}, line {number}",
@@ -143,7 +147,7 @@ def _json_blocks(path: Path, required: Sequence[str]) -> Iterator[Block]:
             raise InputError(
                 f"a JSON {type(record).__name__} where an object is expected: {line[:80]!r}",
                 where=f"{path}, line {number}",
-                cure="Every line must be one JSON object such as {\"_id\": ..., \"text\": ...}",
+                cure='Every line must be one JSON object such as {"_id": ..., "text": ...}',
             )
         for name in required:
             if name not in record:
@@ -178,7 +182,8 @@ def _separated_blocks(path: Path, separator: str) -> Iterator[Block]:
             raise InputError(
                 f"{len(cells)} fields where the header has {len(header)} ({', '.join(header)}): {line[:80]!r}",
                 where=f"{path}, line {number}",
-                cure="Every line must have the header's fields, separated by " + ("tabs" if separator == "\t" else "commas"),
+                cure="Every line must have the header's fields, separated by "
+                + ("tabs" if separator == "\t" else "commas"),
             )
         if rows and (number != first + len(rows) or len(rows) >= BLOCK_ROWS):
             yield flush()

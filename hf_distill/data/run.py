@@ -33,7 +33,11 @@ class Run:
         self.query = np.asarray(query, dtype=np.int64)
         self.documents = np.asarray(documents, dtype=np.int64)
         self.scores = np.asarray(scores, dtype=np.float32)
-        if self.documents.ndim != 2 or self.documents.shape != self.scores.shape or len(self.query) != len(self.scores):
+        if (
+            self.documents.ndim != 2
+            or self.documents.shape != self.scores.shape
+            or len(self.query) != len(self.scores)
+        ):
             raise ValueError(
                 f"shapes do not fit: query {self.query.shape}, documents {self.documents.shape}, "
                 f"scores {self.scores.shape}"
@@ -55,9 +59,7 @@ class Run:
         rank[[slot for _, slot in by_id]] = np.arange(len(by_id))
         scores = np.where(self.documents < 0, -np.inf, self.scores)
         order = np.lexsort((-rank[inverse.reshape(self.documents.shape)], -scores), axis=1)
-        return Run(
-            self.query, np.take_along_axis(self.documents, order, 1), np.take_along_axis(scores, order, 1)
-        )
+        return Run(self.query, np.take_along_axis(self.documents, order, 1), np.take_along_axis(scores, order, 1))
 
     def cut(self, k: int) -> Run:
         """The best `k` documents of each query."""
@@ -71,9 +73,7 @@ class Run:
                 result[query] = dict(zip(documents, scores))
         return result
 
-    def save(
-        self, stem: str | os.PathLike, queries: Queries, corpus: Corpus, tag: str = "hf_distill"
-    ) -> Path:
+    def save(self, stem: str | os.PathLike, queries: Queries, corpus: Corpus, tag: str = "hf_distill") -> Path:
         """Writes `<stem>.trec` (or `<folder>/<tag>.trec` for an existing folder), one line for each document.
 
         A line is `query Q0 document rank score tag`, ranks from 1; fields are separated by a blank, or by a tab in a
@@ -110,7 +110,7 @@ class Run:
         if not lines:
             raise InputError("no results in it", where=str(path), cure="A run has at least one line")
         lines, query, document, score = map(np.concatenate, (lines, query, document, score))
-        first, second = _doubled(query, document)
+        first, second = mark_doubled(query, document)
         if first.size:
             raise InputError(
                 f"document {corpus.ids_at(document[first[:1]])[0]!r} is listed twice for query "
@@ -159,7 +159,7 @@ def load_trec_qrels(path: str | os.PathLike, queries: Queries, corpus: Corpus) -
     if not lines:
         raise InputError("no judgements in it", where=str(path), cure="Judgements have at least one line")
     lines, query, document, grade = map(np.concatenate, (lines, query, document, grade))
-    first, second = _doubled(query, document)
+    first, second = mark_doubled(query, document)
     differing = grade[first] != grade[second]
     if differing.any():
         first, second = first[differing][0], second[differing][0]
@@ -234,7 +234,9 @@ def _floats(values: Sequence[str], numbers: list[int], path) -> np.ndarray:
             good = False
         if not good:
             raise InputError(
-                f"{value!r} is not a finite number", where=f"{path}, line {number}, field 'score'", cure="Mend the score"
+                f"{value!r} is not a finite number",
+                where=f"{path}, line {number}, field 'score'",
+                cure="Mend the score",
             )
     raise AssertionError("unreachable: every value was read")
 
@@ -253,7 +255,7 @@ def _integers(values: Sequence[str], numbers: list[int], path) -> np.ndarray:
     return result
 
 
-def _doubled(query: np.ndarray, document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def mark_doubled(query: np.ndarray, document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Indices of pairs that occur again: the first of them, and each later one."""
     order = np.lexsort((np.arange(len(query)), document, query))
     same = (query[order][1:] == query[order][:-1]) & (document[order][1:] == document[order][:-1])

@@ -228,7 +228,9 @@ class TextTable:
         """All rows as Arrow tables of bounded size."""
         for start in range(0, len(self), BLOCK_ROWS):
             positions = np.arange(start, min(start + BLOCK_ROWS, len(self)))
-            yield pa.Table.from_arrays([self._take(name, positions) for name in self.arrow_schema.names], schema=self.arrow_schema)
+            yield pa.Table.from_arrays(
+                [self._take(name, positions) for name in self.arrow_schema.names], schema=self.arrow_schema
+            )
 
     def positions(self, ids: Sequence[str] | pa.Array | pa.ChunkedArray) -> np.ndarray:
         """Positions (`int64[n]`) of identifiers, -1 for those that are not here. Integers count as strings."""

@@ -36,7 +36,9 @@ def id_array(block: Block, name: str) -> pa.Array:
     array = _strings(block, name, integers=True)
     if array.null_count:
         index = pc.index(pc.is_null(array), True).as_py()
-        raise InputError("the identifier is missing", where=_at(block, index, name), cure="Give every row an identifier")
+        raise InputError(
+            "the identifier is missing", where=_at(block, index, name), cure="Give every row an identifier"
+        )
     bad = pc.index(pc.equal(array, ""), True).as_py()
     if bad >= 0:
         raise InputError("the identifier is empty", where=_at(block, bad, name), cure="Give every row an identifier")
@@ -94,7 +96,9 @@ def _strings(block: Block, name: str, *, integers: bool) -> pa.Array:
     try:
         return pa.array(values, pa.string())
     except (pa.ArrowException, UnicodeEncodeError, TypeError):
-        return pa.array([_string(block, name, index, value, integers) for index, value in enumerate(values)], pa.string())
+        return pa.array(
+            [_string(block, name, index, value, integers) for index, value in enumerate(values)], pa.string()
+        )
 
 
 def _arrow_strings(block: Block, name: str, values: pa.Array, integers: bool) -> pa.Array:
@@ -114,7 +118,9 @@ def _arrow_strings(block: Block, name: str, values: pa.Array, integers: bool) ->
             ) from None
         return strings
     raise InputError(
-        f"values of type {kind} where strings are expected", where=f"{block.where}, field {name!r}", cure="Convert them"
+        f"values of type {kind} where strings are expected",
+        where=f"{block.where}, field {name!r}",
+        cure="Convert them",
     )
 
 

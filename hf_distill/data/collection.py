@@ -1,0 +1,286 @@
+"""Collections: queries, corpus and judgements from a folder or the Hub, checked before any long work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from hf_distill.console import get_logger
+from hf_distill.data import schema
+from hf_distill.data.qrels import Qrels
+from hf_distill.data.readers import Block
+from hf_distill.data.run import mark_doubled
+from hf_distill.data.sources import HubSource, LocalSource, open_source
+from hf_distill.data.tables import CACHE_VERSION, Corpus, Queries, TextTable
+from hf_distill.data.values import find_column, id_array, integer_array
+from hf_distill.errors import InputError
+from hf_distill.files import atomic_path, cache_folder, fingerprint, read_json, write_json
+
+
+if TYPE_CHECKING:
+    from hf_distill.data.rows import RowSet
+
+logger = get_logger(__name__)
+
+_CORPUS_CONFIGS = (schema.CORPUS, "documents", "docs")
+_QUERIES_CONFIGS = (schema.QUERIES, "query")
+_QRELS_CONFIGS = (schema.QRELS, "default")
+_RESERVED = (*_CORPUS_CONFIGS, *_QUERIES_CONFIGS, schema.QRELS)
+
+
+@dataclass
+class Collection:
+    """A search task.
+
+    Attributes:
+        name: Its short name; results stand under `<name>/<split>` in `metrics.json`.
+        queries: All queries, of every split.
+        corpus: All passages.
+        qrels: Judgements by split; empty for a collection of unlabelled queries.
+        source: The folder or the Hub id that it was read from.
+        revision: The commit on the Hub.
+        row_sets: Names of the row sets that lie there too.
+    """
+
+    name: str
+    queries: Queries
+    corpus: Corpus
+    qrels: dict[str, Qrels]
+    source: str = "memory"
+    revision: str | None = None
+    row_sets: tuple[str, ...] = ()
+    _opened: LocalSource | HubSource | None = field(default=None, repr=False)
+    _cache_dir: str | os.PathLike | None = field(default=None, repr=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of queries, corpus and judgements."""
+        judgements = {split: qrels.fingerprint for split, qrels in self.qrels.items()}
+        return fingerprint([self.queries.fingerprint, self.corpus.fingerprint, judgements])
+
+    def split(self, name: str) -> Qrels:
+        """The judgements of split `name`; `InputError` lists the splits when there is no such."""
+        if name not in self.qrels:
+            raise InputError(
+                f"no split {name!r}", where=self.source, cure=f"Its splits are: {', '.join(self.qrels) or 'none'}"
+            )
+        return self.qrels[name]
+
+    def rows(self, name: str) -> RowSet:
+        """The row set `name` of the same folder or repository."""
+        from hf_distill.data.rows import RowSet
+
+        if self._opened is None or name not in self._opened.configs() or name in _RESERVED:
+            raise InputError(
+                f"no row set {name!r}",
+                where=self.source,
+                cure=f"Its row sets are: {', '.join(self.row_sets) or 'none'}",
+            )
+        return RowSet.from_source(self._opened, name, self.queries, self.corpus, cache_dir=self._cache_dir)
+
+
+def load_collection(
+    source: str | os.PathLike,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    splits: Sequence[str] | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    require_positives: bool = False,
+    unknown_ids: Literal["error", "drop"] = "error",
+) -> Collection:
+    """Reads a collection from a folder or the Hub.
+
+    Read are our own layout (configs `queries`, `corpus`, `qrels`, row sets; as folders of parquet, JSON lines, TSV or
+    CSV, or as a Hub repository), BEIR folders (`corpus.jsonl`, `queries.jsonl`, each also `.gz`, `qrels/<split>.tsv`),
+    and on the Hub `mteb/<name>` (configs `corpus`, `queries`, `default` or `qrels`) and `BeIR/<name>` with its
+    judgements in `BeIR/<name>-qrels`. Everything is parsed once into memory-mapped Arrow under the cache folder,
+    keyed by the content of the files, and checked on the way.
+
+    Args:
+        source: A folder, else a Hub id.
+        name: Instead of the last part of `source`.
+        revision: Branch, tag or commit on the Hub.
+        splits: The splits of judgements to read; all by default.
+        cache_dir: Instead of the default cache folder.
+        require_positives: Whether queries without any relevant document are an error; by default they are counted in
+            a warning, because unlabelled queries can train on teacher scores.
+        unknown_ids: What to do with judgements of queries or documents that are not there: `"error"`, or `"drop"`
+            them with a warning.
+
+    Raises:
+        InputError: Anything wrong with the files; the message names file, line or row, field, and the cure.
+    """
+    if unknown_ids not in ("error", "drop"):
+        raise InputError(f"{unknown_ids!r} is not a choice", where="unknown_ids", cure="Use 'error' or 'drop'")
+    opened = open_source(source, revision, cache_dir)
+    corpus_config = _config(opened, _CORPUS_CONFIGS)
+    queries_config = _config(opened, _QUERIES_CONFIGS)
+    corpus = _table(Corpus, opened, corpus_config, cache_dir)
+    queries = _table(Queries, opened, queries_config, cache_dir)
+    judged, qrels_config = _qrels_config(opened, revision)
+    qrels = {}
+    if qrels_config is not None:
+        available = judged.splits(qrels_config)
+        for split in available if splits is None else splits:
+            if split not in available:
+                raise InputError(
+                    f"no split {split!r}",
+                    where=judged.place(qrels_config),
+                    cure=f"Its splits are: {', '.join(available)}",
+                )
+            qrels[split] = _qrels(judged, qrels_config, split, queries, corpus, unknown_ids, cache_dir)
+    elif splits:
+        raise InputError(
+            "no judgements at all", where=opened.where, cure="Add qrels/<split>.tsv or leave out `splits`"
+        )
+    _check_positives(queries, qrels, all_splits=splits is None, require=require_positives, where=opened.where)
+    used = {corpus_config, queries_config, qrels_config if judged is opened else None, *_RESERVED}
+    return Collection(
+        name=name or opened.name,
+        queries=queries,
+        corpus=corpus,
+        qrels=qrels,
+        source=opened.where,
+        revision=opened.revision,
+        row_sets=tuple(config for config in opened.configs() if config not in used and _is_row_set(opened, config)),
+        _opened=opened,
+        _cache_dir=cache_dir,
+    )
+
+
+def _config(opened: LocalSource | HubSource, names: Sequence[str]) -> str:
+    for name in names:
+        if name in opened.configs():
+            return name
+    raise InputError(
+        f"no {names[0]} ({opened.looked_for()})",
+        where=opened.where,
+        cure=(
+            "A BEIR folder has corpus.jsonl, queries.jsonl (each may end in .gz) and qrels/<split>.tsv; our own layout "
+            "has the configs corpus, queries and qrels, as folders of parquet or named in README.md; on the Hub the "
+            "layouts of mteb/<name> and BeIR/<name> are read too"
+        ),
+    )
+
+
+def _table(kind: type[TextTable], opened: LocalSource | HubSource, config: str, cache_dir) -> Any:
+    splits = opened.splits(config)
+
+    def blocks() -> Iterator[Block]:
+        for split in splits:
+            yield from opened.blocks(config, split)
+
+    key = [opened.key(config, split) for split in splits]
+    return kind.from_blocks(blocks(), key, where=opened.place(config), cache_dir=cache_dir)
+
+
+def _is_row_set(opened: LocalSource | HubSource, config: str) -> bool:
+    if isinstance(opened, HubSource):
+        return True  # looking inside would download it; `Collection.rows` does
+    return schema.DOCUMENT_IDS in opened.columns(config)
+
+
+def _qrels_config(opened, revision: str | None) -> tuple[LocalSource | HubSource, str | None]:
+    for name in _QRELS_CONFIGS:
+        if name in opened.configs() and (name == schema.QRELS or _judges(opened.columns(name))):
+            return opened, name
+    if isinstance(opened, HubSource) and opened.repo.lower().startswith("beir/"):
+        judged = HubSource(f"{opened.repo}-qrels", None)
+        for name in judged.configs():
+            if _judges(judged.columns(name)):
+                return judged, name
+    return opened, None
+
+
+def _judges(columns: Sequence[str]) -> bool:
+    wanted = (schema.QRELS_QUERY_NAMES, schema.QRELS_DOCUMENT_NAMES, schema.RELEVANCE_NAMES)
+    return all(any(name in columns for name in names) for names in wanted)
+
+
+def _qrels(opened, config: str, split: str, queries: Queries, corpus: Corpus, unknown_ids: str, cache_dir) -> Qrels:
+    where = opened.place(config, split)
+    key = [CACHE_VERSION, opened.key(config, split), queries.fingerprint, corpus.fingerprint, unknown_ids]
+    folder = cache_folder(cache_dir) / "data" / f"qrels-{fingerprint(key)}"
+    names = ("query", "document", "relevance")
+    if not (folder / "info.json").exists():
+        arrays, info = _read_qrels(opened.blocks(config, split), queries, corpus, where, drop=unknown_ids == "drop")
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            for array_name, array in zip(names, arrays):
+                np.save(temporary / f"{array_name}.npy", array)
+            write_json(temporary / "info.json", info)
+    for count, problem in (
+        ("dropped", "judgements of unknown queries or documents were dropped"),
+        ("doubled", "judgements are given twice; the last one counts"),
+    ):
+        number = read_json(folder / "info.json")[count]
+        if number:
+            logger.warning("%s: %d %s", where, number, problem)
+    return Qrels(*(np.load(folder / f"{array_name}.npy") for array_name in names))
+
+
+def _read_qrels(blocks: Iterator[Block], queries: Queries, corpus: Corpus, where: str, *, drop: bool):
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    dropped = 0
+    for block in blocks:
+        query_name = find_column(block, schema.QRELS_QUERY_NAMES)
+        document_name = find_column(block, schema.QRELS_DOCUMENT_NAMES)
+        grade_name = find_column(block, schema.RELEVANCE_NAMES)
+        if not len(block):
+            continue
+        grades = integer_array(block, grade_name)
+        sides = []
+        for table, column in ((queries, query_name), (corpus, document_name)):
+            ids = id_array(block, column)
+            positions = table.positions(ids)
+            if not drop and (positions < 0).any():
+                index = int(np.argmax(positions < 0))
+                raise InputError(
+                    f"{ids[index].as_py()!r} is not among the {len(table)} {table.noun} of {table.where}",
+                    where=f"{block.place(index)}, field {column!r}",
+                    cure="Add it there or remove the judgement; unknown_ids='drop' passes over such judgements",
+                )
+            sides.append(positions)
+        keep = (sides[0] >= 0) & (sides[1] >= 0)
+        dropped += int((~keep).sum())
+        parts.append((sides[0][keep], sides[1][keep], grades[keep]))
+    arrays = [np.concatenate(columns) for columns in zip(*parts)] if parts else [np.empty(0, np.int64)] * 3
+    if not len(arrays[0]):
+        raise InputError(
+            "no judgements in it" + (f" ({dropped} of unknown queries or documents were dropped)" if dropped else ""),
+            where=where,
+            cure="Add judgements (query-id, corpus-id, score), or remove the file",
+        )
+    earlier, _ = mark_doubled(arrays[0], arrays[1])
+    keep = np.ones(len(arrays[0]), dtype=bool)
+    keep[earlier] = False
+    return [array[keep] for array in arrays], {"dropped": dropped, "doubled": len(earlier)}
+
+
+def _check_positives(
+    queries: Queries, qrels: Mapping[str, Qrels], *, all_splits: bool, require: bool, where: str
+) -> None:
+    problems = []
+    for split, judged in qrels.items():
+        bare = np.setdiff1d(judged.query, judged.query_positions())
+        if len(bare):
+            problems.append((f"split {split!r}: {len(bare)} judged queries have no relevant document", bare))
+    if all_splits:
+        judged = [part.query for part in qrels.values()]
+        bare = np.setdiff1d(np.arange(len(queries)), np.concatenate(judged) if judged else [])
+        if len(bare):
+            problems.append((f"{len(bare)} of {len(queries)} queries are in no split of the judgements", bare))
+    for problem, bare in problems:
+        examples = ", ".join(map(repr, queries.ids_at(bare[:3])))
+        if require:
+            raise InputError(
+                f"{problem}, for example {examples}",
+                where=where,
+                cure="Judge a relevant document for each, remove the queries, or leave require_positives off",
+            )
+        logger.warning("%s: %s, for example %s; they train only on teacher scores", where, problem, examples)

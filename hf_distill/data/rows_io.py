@@ -1,0 +1,246 @@
+"""Row sets on disk: checks, and the way between string identifiers and positions, a block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hf_distill.console import get_logger
+from hf_distill.data import schema
+from hf_distill.data.arrow import BLOCK_ROWS
+from hf_distill.data.readers import Block
+from hf_distill.data.tables import Corpus, Queries
+from hf_distill.data.values import find_column, id_array, integer_array
+from hf_distill.errors import InputError
+from hf_distill.files import atomic_path, write_json
+
+
+if TYPE_CHECKING:
+    from hf_distill.data.rows import RowSet
+
+logger = get_logger(__name__)
+
+# Documents in one parquet file; about 100 MB with one column of scores.
+_DOCUMENTS_PER_FILE = 10_000_000
+
+
+class RowReader:
+    """Turns stored rows into rows of positions, checking each.
+
+    Args:
+        queries: The queries that `query_id` must name.
+        corpus: The corpus that `document_ids` must name.
+        foreign: Which of `"queries"`, `"corpus"` the rows were not made for, by their fingerprint; named when an
+            identifier is missing, because that is then the likely reason.
+        where: For messages.
+    """
+
+    def __init__(self, queries: Queries, corpus: Corpus, *, foreign: Sequence[str], where: str):
+        self.queries, self.corpus, self.foreign, self.where = queries, corpus, foreign, where
+
+    def tables(self, blocks: Iterator[Block]) -> Iterator[pa.Table]:
+        """Arrow tables of the form in memory; columns that a row set does not have are passed over."""
+        for block in blocks:
+            if not len(block):
+                continue
+            yield self._table(block)
+
+    def _table(self, block: Block) -> pa.Table:
+        query_column = find_column(block, schema.QUERY_ID_NAMES)
+        query_ids = id_array(block, query_column)
+        query = self.queries.positions(query_ids)
+        if (query < 0).any():
+            row = int(np.argmax(query < 0))
+            raise self._unknown(block, row, query_column, query_ids[row].as_py(), self.queries, "queries")
+        documents = self._documents(block, find_column(block, (schema.DOCUMENT_IDS,)))
+        if schema.NUM_POSITIVES in block.columns:
+            positives = integer_array(block, schema.NUM_POSITIVES)
+        else:
+            if block.first == 1:
+                logger.warning("%s: no column 'num_positives'; its rows count as unlabelled", self.where)
+            positives = np.zeros(len(block), dtype=np.int64)
+        names = [name for name in block.columns if schema.per_document_type(name) is not None]
+        columns = [_list_column(block, name, schema.per_document_type(name)) for name in names]
+        table = pa.Table.from_arrays(
+            [pa.array(query), documents, pa.array(positives), *columns],
+            schema=schema.rows_schema(names, positions=True),
+        )
+        return clean_rows(table, block.place)
+
+    def _documents(self, block: Block, name: str) -> pa.Array:
+        lists = _list_column(block, name, pa.string())
+        flat = lists.flatten()
+        positions = self.corpus.positions(flat)
+        if (positions < 0).any():
+            index = int(np.argmax(positions < 0))
+            row = int(np.searchsorted(_offsets(lists), index, side="right")) - 1
+            raise self._unknown(block, row, name, flat[index].as_py(), self.corpus, "corpus")
+        return pa.ListArray.from_arrays(pa.array(_offsets(lists), pa.int32()), pa.array(positions))
+
+    def _unknown(self, block: Block, row: int, name: str, identifier: str, table, side: str) -> InputError:
+        hint = f", and the rows were made for other {side} (the fingerprints differ)" if side in self.foreign else ""
+        return InputError(
+            f"{identifier!r} is not among the {len(table)} {table.noun} of {table.where}{hint}",
+            where=f"{block.place(row)}, field {name!r}",
+            cure="Load the row set with the collection that it was made for",
+        )
+
+
+def clean_rows(table: pa.Table, place: Callable[[int], str]) -> pa.Table:
+    """Checks lists against `documents` and returns `table`; `place(row)` names a row in messages.
+
+    Raises:
+        InputError: A list of another length, no documents, more positives than documents, a document twice in a row,
+            a score that is not finite.
+    """
+    documents = table.column(schema.DOCUMENTS).combine_chunks()
+    offsets = _offsets(documents)
+    lengths = np.diff(offsets)
+    if schema.NUM_POSITIVES in table.column_names:
+        _check_candidates(documents, lengths, table.column(schema.NUM_POSITIVES).to_numpy(), place)
+    for name in table.column_names:
+        if schema.per_document_type(name) is None:
+            continue
+        lists = table.column(name).combine_chunks()
+        if lists.null_count:
+            row = pc.index(pc.is_null(lists), True).as_py()
+            raise InputError("no list", where=f"{place(row)}, field {name!r}", cure=_one_each())
+        own = np.diff(_offsets(lists))
+        if (own != lengths).any():
+            row = int(np.argmax(own != lengths))
+            raise InputError(
+                f"{own[row]} entries for {lengths[row]} documents",
+                where=f"{place(row)}, field {name!r}",
+                cure=_one_each(),
+            )
+        flat = lists.flatten()
+        if schema.is_score_column(name):
+            values = flat.to_numpy(zero_copy_only=False)
+            finite = np.isfinite(values)
+            if not finite.all():
+                index = int(np.argmin(finite))
+                row = int(np.searchsorted(offsets, index, side="right")) - 1
+                raise InputError(
+                    f"the score of document {index - int(offsets[row]) + 1} is {values[index]}",
+                    where=f"{place(row)}, field {name!r}",
+                    cure="Scores must be finite numbers; score the row again or remove it",
+                )
+        elif flat.null_count:
+            index = pc.index(pc.is_null(flat), True).as_py()
+            row = int(np.searchsorted(offsets, index, side="right")) - 1
+            raise InputError("an entry is missing", where=f"{place(row)}, field {name!r}", cure=_one_each())
+    return table
+
+
+def _check_candidates(documents: pa.Array, lengths: np.ndarray, positives: np.ndarray, place) -> None:
+    where = f"field {schema.DOCUMENT_IDS!r}"
+    if (lengths == 0).any():
+        raise InputError(
+            "the row has no documents", where=f"{place(int(np.argmax(lengths == 0)))}, {where}", cure="Remove the row"
+        )
+    wrong = (positives < 0) | (positives > lengths)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise InputError(
+            f"{positives[row]} positives where the row has {lengths[row]} documents",
+            where=f"{place(row)}, field {schema.NUM_POSITIVES!r}",
+            cure="It counts the positives at the head of the documents: from 0 to their number",
+        )
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    flat = documents.flatten().to_numpy(zero_copy_only=False)
+    order = np.lexsort((flat, owner))
+    same = (owner[order][1:] == owner[order][:-1]) & (flat[order][1:] == flat[order][:-1])
+    if same.any():
+        first, second = sorted(order[[int(np.argmax(same)), int(np.argmax(same)) + 1]].tolist())
+        row = int(owner[first])
+        start = int(np.searchsorted(owner, row))
+        raise InputError(
+            f"documents {first - start + 1} and {second - start + 1} of the row are the same",
+            where=f"{place(row)}, {where}",
+            cure="List every document once; a positive must not be among the negatives",
+        )
+
+
+def write_rows(rows: RowSet, folder: Path) -> Path:
+    """See `RowSet.save`."""
+    import pyarrow.parquet as pq
+
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "metadata.json").exists():
+        raise InputError(
+            "the folder holds something that is no row set", where=str(folder), cure="Name an empty or a new folder"
+        )
+    if not len(rows):
+        raise InputError("no rows to save", where=str(folder), cure="A row set needs at least one row")
+    stored = schema.rows_schema(rows.columns, positions=False)
+    per_file = max(1, int(_DOCUMENTS_PER_FILE // max(1.0, rows.lengths.mean())))
+    files = -(-len(rows) // per_file)
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        for number in range(files):
+            part = rows.table.slice(number * per_file, per_file)
+            with pq.ParquetWriter(temporary / f"train-{number:05d}-of-{files:05d}.parquet", stored) as writer:
+                for start in range(0, part.num_rows, BLOCK_ROWS):
+                    writer.write_table(_with_ids(rows, part.slice(start, BLOCK_ROWS), stored))
+        write_json(temporary / "metadata.json", {**rows.metadata, "rows": len(rows), "columns": rows.columns})
+    return folder
+
+
+def _with_ids(rows: RowSet, table: pa.Table, stored: pa.Schema) -> pa.Table:
+    documents = table.column(schema.DOCUMENTS).combine_chunks()
+    ids = rows.corpus.ids.take(documents.flatten().to_numpy(zero_copy_only=False))
+    arrays = [
+        rows.queries.ids.take(table.column(schema.QUERY).to_numpy()),
+        pa.ListArray.from_arrays(pa.array(_offsets(documents), pa.int32()), ids),
+    ]
+    return pa.Table.from_arrays([*arrays, *(table.column(name) for name in stored.names[2:])], schema=stored)
+
+
+def _list_column(block: Block, name: str, kind: pa.DataType) -> pa.Array:
+    values = block.columns[name]
+    try:
+        if isinstance(values, pa.ChunkedArray):
+            values = values.combine_chunks()
+        if isinstance(values, pa.Array):
+            array = values.cast(pa.list_(kind))
+        else:
+            array = pa.array(values, pa.list_(kind))
+    except (pa.ArrowException, TypeError, ValueError):
+        array = pa.array([_list(block, name, row, value, kind) for row, value in enumerate(values)], pa.list_(kind))
+    if array.null_count:
+        row = pc.index(pc.is_null(array), True).as_py()
+        raise InputError("no list", where=f"{block.place(row)}, field {name!r}", cure=_one_each())
+    if pa.types.is_string(kind) and array.flatten().null_count:
+        row = (
+            int(np.searchsorted(_offsets(array), pc.index(pc.is_null(array.flatten()), True).as_py(), side="right"))
+            - 1
+        )
+        raise InputError("an entry is missing", where=f"{block.place(row)}, field {name!r}", cure=_one_each())
+    return array
+
+
+def _list(block: Block, name: str, row: int, value, kind: pa.DataType):
+    value = value.as_py() if isinstance(value, pa.Scalar) else value
+    if name == schema.DOCUMENT_IDS and isinstance(value, list):
+        value = [str(item) if isinstance(item, int) and not isinstance(item, bool) else item for item in value]
+    try:
+        return pa.array([value], pa.list_(kind)).to_pylist()[0]
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise InputError(
+            f"{str(value)[:80]!r} is not a list of {kind} ({str(error)[:80]})",
+            where=f"{block.place(row)}, field {name!r}",
+            cure=_one_each(),
+        ) from None
+
+
+def _one_each() -> str:
+    return "The list needs one entry for each of the row's documents"
+
+
+def _offsets(lists: pa.Array) -> np.ndarray:
+    offsets = lists.offsets.to_numpy()
+    return offsets - offsets[0]

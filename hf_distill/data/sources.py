@@ -1,0 +1,278 @@
+"""Where collections lie: a local folder or a Hub repository, both seen as configs with splits of blocks."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hf_distill.console import get_logger
+from hf_distill.data.arrow import BLOCK_ROWS
+from hf_distill.data.cards import read_card
+from hf_distill.data.readers import Block, file_kind, read_blocks
+from hf_distill.errors import InputError
+from hf_distill.files import cache_folder, file_fingerprint, fingerprint, read_json, write_json
+
+
+logger = get_logger(__name__)
+
+# Below this size a file is hashed again at every start; above it size and time of change are trusted.
+_ALWAYS_HASHED = 64 * 2**20
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?$")
+
+
+class LocalSource:
+    """A folder whose README names its configs, or whose files and subfolders are named after them."""
+
+    revision = None
+
+    def __init__(self, folder: str | os.PathLike, cache_dir: str | os.PathLike | None = None, only: str | None = None):
+        self.folder = Path(folder)
+        self.where = str(self.folder)
+        self.name = self.folder.resolve().name
+        self._cache_dir = cache_dir
+        self._files = self._from_names(only) if only else self._from_readme() or self._from_names()
+
+    def configs(self) -> list[str]:
+        return list(self._files)
+
+    def splits(self, config: str) -> list[str]:
+        return list(self._files[config])
+
+    def place(self, config: str, split: str | None = None) -> str:
+        """The file, or the folder when there are several."""
+        files = [file for name, group in self._files[config].items() if split in (None, name) for file in group]
+        return str(files[0] if len(files) == 1 else Path(os.path.commonpath(files)))
+
+    def key(self, config: str, split: str) -> Any:
+        """Identifies the content of the split's files, not their names."""
+        return [[file_kind(file), self._hash(file)] for file in self._files[config][split]]
+
+    def blocks(self, config: str, split: str, required: tuple[str, ...] = ()) -> Iterator[Block]:
+        for file in self._files[config][split]:
+            yield from read_blocks(file, required=required)
+
+    def columns(self, config: str) -> list[str]:
+        """The columns of the first file."""
+        file = next(iter(self._files[config].values()))[0]
+        return list(next(iter(read_blocks(file)), Block({}, str(file), 1, "row")).columns)
+
+    def metadata(self, config: str) -> dict[str, Any]:
+        """What `metadata.json` beside the config's files says."""
+        path = next(iter(self._files[config].values()))[0].parent / "metadata.json"
+        return read_json(path) if path.exists() else {}
+
+    def looked_for(self) -> str:
+        entries = sorted(entry.name for entry in self.folder.iterdir() if not entry.name.startswith("."))
+        return f"found: {', '.join(entries[:12]) or 'nothing'}" + (", …" if len(entries) > 12 else "")
+
+    def _from_readme(self) -> dict[str, dict[str, list[Path]]]:
+        readme = self.folder / "README.md"
+        metadata = read_card(readme)[0] if readme.exists() else {}
+        result: dict[str, dict[str, list[Path]]] = {}
+        for entry in metadata.get("configs") or []:
+            data_files = entry.get("data_files") or []
+            if isinstance(data_files, str) or all(isinstance(item, str) for item in data_files):
+                data_files = [{"split": "train", "path": data_files}]
+            splits = result.setdefault(str(entry.get("config_name", "default")), {})
+            for item in data_files:
+                patterns = [item["path"]] if isinstance(item["path"], str) else item["path"]
+                for pattern in patterns:
+                    found = sorted(self.folder.glob(pattern))
+                    if not found:
+                        raise InputError(
+                            f"no file fits {pattern!r} of the config {entry.get('config_name')!r}",
+                            where=str(readme),
+                            cure="Put the files there or mend 'configs' in the README's YAML header",
+                        )
+                    splits.setdefault(str(item.get("split", "train")), []).extend(found)
+        return result
+
+    def _from_names(self, only: str | None = None) -> dict[str, dict[str, list[Path]]]:
+        result: dict[str, dict[str, list[Path]]] = {}
+        for entry in sorted(self.folder.iterdir()) if only is None else [self.folder / only]:
+            if entry.name.startswith(".") and only is None:
+                continue
+            if entry.is_dir():
+                splits: dict[str, list[Path]] = {}
+                for file in sorted(entry.iterdir()):
+                    if file.is_file() and file_kind(file) and file.name != "metadata.json":
+                        splits.setdefault(re.sub(r"-\d{5}-of-\d{5}$", "", _stem(file)), []).append(file)
+                if splits:
+                    result[entry.name] = splits
+            elif file_kind(entry):
+                result.setdefault(_stem(entry), {}).setdefault("train", []).append(entry)
+        return result
+
+    def _hash(self, file: Path) -> str:
+        status = file.stat()
+        if status.st_size < _ALWAYS_HASHED:
+            return file_fingerprint(file)
+        stamp = [status.st_size, status.st_mtime_ns]
+        memo = cache_folder(self._cache_dir) / "data" / "hashes" / f"{fingerprint(str(file.resolve()))}.json"
+        known = read_json(memo) if memo.exists() else {}
+        if known.get("stamp") != stamp:
+            known = {"stamp": stamp, "hash": file_fingerprint(file), "file": str(file)}
+            write_json(memo, known)
+        return known["hash"]
+
+
+class HubSource:
+    """A data-set repository on the Hub, read through `datasets` at one commit."""
+
+    def __init__(self, repo: str, revision: str | None = None):
+        self.repo, self.where = repo, repo
+        self.name = repo.split("/")[-1]
+        self.revision = resolve_revision(repo, revision)
+        self._configs = fetch_configs(repo, self.revision)
+        self._loaded: dict[str, Any] = {}
+
+    def configs(self) -> list[str]:
+        return list(self._configs)
+
+    def splits(self, config: str) -> list[str]:
+        return list(self._load(config))
+
+    def place(self, config: str, split: str | None = None) -> str:
+        return f"{self.repo}, config {config!r}" + (f", split {split!r}" if split else "")
+
+    def key(self, config: str, split: str) -> Any:
+        # Names of cached files hold the hash of the configuration; the commit alone would not tell two configs apart.
+        files = [
+            [file["filename"], os.path.getsize(file["filename"])] for file in self._load(config)[split].cache_files
+        ]
+        content = files or self._load(config)[split]._fingerprint
+        return [self.repo, self.revision, config, split, content]
+
+    def blocks(self, config: str, split: str, required: tuple[str, ...] = ()) -> Iterator[Block]:
+        first = 1
+        for table in self._load(config)[split].with_format("arrow").iter(batch_size=BLOCK_ROWS):
+            columns = {name: table.column(name) for name in table.column_names}
+            yield Block(columns, self.place(config, split), first, "row")
+            first += table.num_rows
+
+    def columns(self, config: str) -> list[str]:
+        return list(next(iter(self._load(config).values())).column_names)
+
+    def metadata(self, config: str) -> dict[str, Any]:
+        """What `<config>/metadata.json` in the repository says."""
+        path = fetch_file(self.repo, f"{config}/metadata.json", self.revision)
+        return read_json(path) if path else {}
+
+    def looked_for(self) -> str:
+        return f"found the configs {', '.join(map(repr, self._configs))}"
+
+    def _load(self, config: str) -> Any:
+        if config not in self._loaded:
+            self._loaded[config] = fetch(self.repo, config, self.revision)
+        return self._loaded[config]
+
+
+def open_source(
+    source: str | os.PathLike, revision: str | None = None, cache_dir: str | os.PathLike | None = None
+) -> LocalSource | HubSource:
+    """A folder if there is one of that name, else a Hub repository."""
+    text = os.fspath(source)
+    if Path(text).is_dir():
+        return LocalSource(text, cache_dir)
+    if Path(text).exists():
+        raise InputError(
+            "a file where a folder is expected", where=text, cure="Name the folder that holds the collection"
+        )
+    if not _HUB_ID.match(text):
+        raise InputError("no such folder", where=text, cure="Check the path, or give a Hub id such as mteb/scifact")
+    return HubSource(text, revision)
+
+
+# The four functions below are the only ones that speak to the Hub; `datasets` and `huggingface_hub` retry by themselves.
+
+
+def resolve_revision(repo: str, revision: str | None) -> str | None:
+    """The commit that `revision` names now, so that all configs are read from one; as given when the Hub is silent."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        return revision
+    try:
+        return HfApi().dataset_info(repo, revision=revision, timeout=30).sha
+    except Exception as error:
+        logger.debug("no commit for %s: %s", repo, error)
+        return revision
+
+
+def fetch_configs(repo: str, revision: str | None) -> list[str]:
+    """The names of a repository's configs."""
+    from datasets import get_dataset_config_names
+
+    with _HubErrors(repo, revision):
+        return get_dataset_config_names(repo, revision=revision)
+
+
+def fetch(repo: str, config: str, revision: str | None) -> Any:
+    """A config as a `datasets.DatasetDict`."""
+    from datasets import load_dataset
+
+    with _HubErrors(repo, revision):
+        return load_dataset(repo, config, revision=revision)
+
+
+def fetch_file(repo: str, path: str, revision: str | None) -> Path | None:
+    """One file of a repository, `None` if it has no such file or cannot be asked."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, path, repo_type="dataset", revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, FileNotFoundError):
+        return None
+
+
+class _HubErrors:
+    """Turns the Hub's and `datasets`' exceptions into one sentence with a cure."""
+
+    def __init__(self, repo: str, revision: str | None):
+        self.where = repo + (f"@{revision}" if revision else "")
+        self.repo = repo
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        if error is None or isinstance(error, InputError) or not isinstance(error, Exception):
+            return False
+        from datasets.exceptions import DatasetNotFoundError
+
+        text = str(error).strip().split("\n")[0]
+        if "scripts are no longer supported" in text:
+            raise InputError(
+                "the repository is a Python loading script, which is never run here",
+                where=self.where,
+                cure="Try revision='refs/convert/parquet', or download its data files and load the folder",
+            ) from error
+        if isinstance(error, DatasetNotFoundError):
+            gated = "gated" in text
+            raise InputError(
+                f"no such folder here, and the Hub says: {text}",
+                where=self.where,
+                cure="Ask for access on its page and log in with `hf auth login`"
+                if gated
+                else "Check the name, the revision and your login (`hf auth login`)",
+            ) from error
+        if isinstance(error, (ConnectionError, OSError)):
+            raise InputError(
+                f"no such folder here, and the Hub cannot be reached ({type(error).__name__}: {text})",
+                where=self.where,
+                cure="Check the path; else connect to the network (or unset HF_HUB_OFFLINE) and try again",
+            ) from error
+        if isinstance(error, ValueError):
+            raise InputError(text, where=self.where, cure="Check the repository's files and its README") from error
+        return False
+
+
+def _stem(file: Path) -> str:
+    name = file.name.removesuffix(".gz")
+    return name[: -len(Path(name).suffix)]
