@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import pyarrow as pa
 from hf_distill.console import get_logger
 from hf_distill.data import schema
 from hf_distill.data.arrow import BLOCK_ROWS, ContentHash, open_arrow, take, write_arrow
+from hf_distill.data.lists import ListView, list_column
 from hf_distill.data.readers import Block
 from hf_distill.data.rows_io import clean_rows, write_rows
 from hf_distill.data.sources import HubSource, LocalSource
@@ -50,6 +50,8 @@ class RowSet:
         *,
         content: str | None = None,
     ):
+        if getattr(dataset, "_indices", None) is not None:
+            dataset = dataset.flatten_indices()  # a shuffled or selected data set; columns are read directly here
         self.dataset, self.queries, self.corpus = dataset, queries, corpus
         self.metadata = {
             **(metadata or {}),
@@ -57,7 +59,7 @@ class RowSet:
             "corpus_fingerprint": corpus.fingerprint,
         }
         self._content = content
-        self._views: dict[str, tuple[list[int], list[tuple[np.ndarray, Any]]]] = {}
+        self._views: dict[str, ListView] = {}
 
     # -- making one ---------------------------------------------------------------------------------------------
 
@@ -103,17 +105,20 @@ class RowSet:
         """
         names = list(columns)
         row_schema = _schema(names)
-        arrays = [pa.array(np.asarray(query, dtype=np.int64)), _lists(documents, pa.int64())]
-        arrays.append(pa.array(np.asarray(num_positives, dtype=np.int64)))
-        arrays += [_lists(columns[name], schema.per_document_type(name)) for name in names]
-        if len({len(array) for array in arrays}) > 1:
-            lengths = {name: len(array) for name, array in zip(row_schema.names, arrays)}
+        arrays = [
+            pa.array(np.asarray(query, dtype=np.int64)),
+            list_column(documents, pa.int64(), schema.DOCUMENTS),
+            pa.array(np.asarray(num_positives, dtype=np.int64)),
+            *(list_column(columns[name], schema.per_document_type(name), name) for name in names),
+        ]
+        lengths = {name: len(array) for name, array in zip(row_schema.names, arrays)}
+        if len(set(lengths.values())) > 1:
             raise InputError(
-                "columns of different lengths", where=f"rows {lengths}", cure="Give every row one entry in each"
+                f"columns of different lengths: {lengths}", where="rows", cure="Give every row one entry in each"
             )
         table = pa.Table.from_arrays(arrays, schema=row_schema)
         _check_positions(table, queries, corpus)
-        clean_rows(table, lambda row: f"row {row}")
+        _check(table)
         return cls(_in_memory(table), queries, corpus, metadata)
 
     @classmethod
@@ -266,8 +271,7 @@ class RowSet:
     @property
     def lengths(self) -> np.ndarray:
         """Number (`int64[n]`) of documents in each row."""
-        parts = [np.diff(offsets) for offsets, _ in self._view(schema.DOCUMENTS)[1]]
-        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+        return self._view(schema.DOCUMENTS).lengths
 
     @property
     def fingerprint(self) -> str:
@@ -284,21 +288,14 @@ class RowSet:
 
     def values_at(self, name: str, row: int) -> np.ndarray:
         """The entries of column `name` in `row`: numbers as a view, `sources` as an array of strings."""
-        ends, parts = self._view(name)
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} outside of 0..{len(self) - 1}")
-        chunk = bisect_right(ends, row)
-        offsets, values = parts[chunk]
-        local = row - (ends[chunk - 1] if chunk else 0)
-        found = values[int(offsets[local]) : int(offsets[local + 1])]
-        return found if isinstance(found, np.ndarray) else np.array(found.to_pylist())
+        return self._view(name)[row]
 
     def blocks(self, rows: int = BLOCK_ROWS) -> Iterator[pa.Table]:
         """All rows as Arrow tables of at most `rows` rows."""
         for start in range(0, len(self), rows):
             yield self.table.slice(start, rows)
 
-    def _view(self, name: str) -> tuple[list[int], list[tuple[np.ndarray, Any]]]:
+    def _view(self, name: str) -> ListView:
         if name not in self._views:
             if name not in self.table.column_names:
                 raise InputError(
@@ -306,13 +303,7 @@ class RowSet:
                     where="row set",
                     cure=f"Its columns are: {', '.join(self.columns) or 'none'}",
                 )
-            chunks = self.table.column(name).chunks
-            parts = []
-            for chunk in chunks:
-                values = chunk.values
-                plain = pa.types.is_integer(values.type) or pa.types.is_floating(values.type)
-                parts.append((chunk.offsets.to_numpy(), values.to_numpy() if plain else values))
-            self._views[name] = np.cumsum([len(chunk) for chunk in chunks]).tolist(), parts
+            self._views[name] = ListView(self.table.column(name))
         return self._views[name]
 
     # -- changing and keeping -----------------------------------------------------------------------------------
@@ -329,32 +320,19 @@ class RowSet:
         kind = schema.per_document_type(name)
         if kind is None:
             raise _unknown_column(name)
-        lengths = self.lengths
-        flat = isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype != object
-        if flat and not (len(values) == len(lengths) and (lengths == 1).all()):
-            if len(values) != lengths.sum():
-                raise InputError(
-                    f"{len(values)} values for {lengths.sum()} documents",
-                    where=f"column {name!r}",
-                    cure="Give one value for each document of each row",
-                )
-        if flat:
-            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-            array = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values).cast(kind, safe=False))
-        else:
-            array = _lists(values, kind)
-        if len(array) != len(self):
+        column = list_column(values, kind, name, self.lengths)
+        if len(column) != len(self):
             raise InputError(
-                f"{len(array)} rows where the set has {len(self)}", where=f"column {name!r}", cure="Score all"
+                f"{len(column)} rows where the set has {len(self)}",
+                where=f"column {name!r}",
+                cure="Give every row one list",
             )
-        clean_rows(
-            pa.table({schema.DOCUMENTS: self.table.column(schema.DOCUMENTS), name: array}), lambda row: f"row {row}"
-        )
+        _check(pa.table({schema.DOCUMENTS: self.table.column(schema.DOCUMENTS), name: column}))
         import datasets
 
         base = self.dataset.remove_columns([name]) if name in self.columns else self.dataset
         # Beside the memory-mapped columns, so that only the new one lies in memory.
-        dataset = datasets.concatenate_datasets([base, _in_memory(pa.table({name: array}))], axis=1)
+        dataset = datasets.concatenate_datasets([base, _in_memory(pa.table({name: column}))], axis=1)
         metadata = dict(self.metadata)
         if provenance:
             metadata["teachers"] = {**metadata.get("teachers", {}), name: provenance}
@@ -375,6 +353,11 @@ class RowSet:
         An earlier row set in `folder` is replaced, once the new one is complete; another kind of folder is refused.
         """
         return write_rows(self, Path(folder))
+
+
+def _check(table: pa.Table) -> None:
+    for start in range(0, table.num_rows, BLOCK_ROWS):
+        clean_rows(table.slice(start, BLOCK_ROWS), lambda row, start=start: f"row {start + row} (from 0)")
 
 
 def _schema(names: Sequence[str]) -> pa.Schema:
@@ -398,24 +381,9 @@ def _in_memory(table: pa.Table) -> Any:
     return datasets.Dataset(datasets.table.InMemoryTable(table.replace_schema_metadata(None)))
 
 
-def _lists(values: Any, kind: pa.DataType) -> pa.Array:
-    """A list array of `kind` from a 2-D array, a sequence of sequences, or a list array."""
-    if isinstance(values, (pa.Array, pa.ChunkedArray)):
-        array = values.cast(pa.list_(kind))
-        return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-    if isinstance(values, np.ndarray) and values.ndim == 2:
-        offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1)).cast(kind, safe=False))
-    parts = list(values)
-    if parts and all(isinstance(part, np.ndarray) and part.ndim == 1 for part in parts):
-        offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int32)
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(parts)).cast(kind, safe=False))
-    return pa.array([part.tolist() if isinstance(part, np.ndarray) else list(part) for part in parts], pa.list_(kind))
-
-
 def _check_positions(table: pa.Table, queries: Queries, corpus: Corpus) -> None:
     for name, size in ((schema.QUERY, len(queries)), (schema.DOCUMENTS, len(corpus))):
-        column = table.column(name).combine_chunks()
-        values = (column.flatten() if name == schema.DOCUMENTS else column).to_numpy(zero_copy_only=False)
-        if len(values) and (values.min() < 0 or values.max() >= size):
-            raise IndexError(f"column {name!r}: positions {values.min()}..{values.max()} outside of 0..{size - 1}")
+        for chunk in table.column(name).chunks:
+            values = (chunk.flatten() if name == schema.DOCUMENTS else chunk).to_numpy(zero_copy_only=False)
+            if len(values) and (values.min() < 0 or values.max() >= size):
+                raise IndexError(f"column {name!r}: positions {values.min()}..{values.max()} outside of 0..{size - 1}")

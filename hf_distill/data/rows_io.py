@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from hf_distill.console import get_logger
 from hf_distill.data import schema
 from hf_distill.data.arrow import BLOCK_ROWS
+from hf_distill.data.lists import list_offsets
 from hf_distill.data.readers import Block
 from hf_distill.data.tables import Corpus, Queries
 from hf_distill.data.values import find_column, id_array, integer_array
@@ -78,9 +79,9 @@ class RowReader:
         positions = self.corpus.positions(flat)
         if (positions < 0).any():
             index = int(np.argmax(positions < 0))
-            row = int(np.searchsorted(_offsets(lists), index, side="right")) - 1
+            row = int(np.searchsorted(list_offsets(lists), index, side="right")) - 1
             raise self._unknown(block, row, name, flat[index].as_py(), self.corpus, "corpus")
-        return pa.ListArray.from_arrays(pa.array(_offsets(lists), pa.int32()), pa.array(positions))
+        return pa.ListArray.from_arrays(pa.array(list_offsets(lists), pa.int32()), pa.array(positions))
 
     def _unknown(self, block: Block, row: int, name: str, identifier: str, table, side: str) -> InputError:
         hint = f", and the rows were made for other {side} (the fingerprints differ)" if side in self.foreign else ""
@@ -99,7 +100,7 @@ def clean_rows(table: pa.Table, place: Callable[[int], str]) -> pa.Table:
             a score that is not finite.
     """
     documents = table.column(schema.DOCUMENTS).combine_chunks()
-    offsets = _offsets(documents)
+    offsets = list_offsets(documents)
     lengths = np.diff(offsets)
     if schema.NUM_POSITIVES in table.column_names:
         _check_candidates(documents, lengths, table.column(schema.NUM_POSITIVES).to_numpy(), place)
@@ -110,7 +111,7 @@ def clean_rows(table: pa.Table, place: Callable[[int], str]) -> pa.Table:
         if lists.null_count:
             row = pc.index(pc.is_null(lists), True).as_py()
             raise InputError("no list", where=f"{place(row)}, field {name!r}", cure=_one_each())
-        own = np.diff(_offsets(lists))
+        own = np.diff(list_offsets(lists))
         if (own != lengths).any():
             row = int(np.argmax(own != lengths))
             raise InputError(
@@ -195,7 +196,7 @@ def _with_ids(rows: RowSet, table: pa.Table, stored: pa.Schema) -> pa.Table:
     ids = rows.corpus.ids.take(documents.flatten().to_numpy(zero_copy_only=False))
     arrays = [
         rows.queries.ids.take(table.column(schema.QUERY).to_numpy()),
-        pa.ListArray.from_arrays(pa.array(_offsets(documents), pa.int32()), ids),
+        pa.ListArray.from_arrays(pa.array(list_offsets(documents), pa.int32()), ids),
     ]
     return pa.Table.from_arrays([*arrays, *(table.column(name) for name in stored.names[2:])], schema=stored)
 
@@ -216,7 +217,9 @@ def _list_column(block: Block, name: str, kind: pa.DataType) -> pa.Array:
         raise InputError("no list", where=f"{block.place(row)}, field {name!r}", cure=_one_each())
     if pa.types.is_string(kind) and array.flatten().null_count:
         row = (
-            int(np.searchsorted(_offsets(array), pc.index(pc.is_null(array.flatten()), True).as_py(), side="right"))
+            int(
+                np.searchsorted(list_offsets(array), pc.index(pc.is_null(array.flatten()), True).as_py(), side="right")
+            )
             - 1
         )
         raise InputError("an entry is missing", where=f"{block.place(row)}, field {name!r}", cure=_one_each())
@@ -239,8 +242,3 @@ def _list(block: Block, name: str, row: int, value, kind: pa.DataType):
 
 def _one_each() -> str:
     return "The list needs one entry for each of the row's documents"
-
-
-def _offsets(lists: pa.Array) -> np.ndarray:
-    offsets = lists.offsets.to_numpy()
-    return offsets - offsets[0]
