@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_distill.console import get_logger, is_main_process
-from hf_distill.errors import InputError
 from hf_distill.evaluation.measures import DEFAULT_MEASURES, Result, evaluate_run
 from hf_distill.evaluation.report import update_metrics, write_per_query
 
@@ -60,20 +59,14 @@ def evaluate_system(
     Raises:
         InputError: If the collection has no such split, or as [`evaluate_run`].
     """
-    if split not in collection.qrels:
-        raise InputError(
-            f"there is no split {split!r}",
-            where=f"collection {collection.name!r}",
-            cure=f"Choose one of {', '.join(collection.qrels)}",
-        )
-    queries, corpus = collection.queries, collection.corpus
+    queries, corpus, qrels = collection.queries, collection.corpus, collection.split(split)
     result = evaluate_run(
-        collection.qrels[split].as_dict(queries, corpus),
+        qrels.as_dict(queries, corpus),
         run.as_dict(queries, corpus),
         measures,
         relevance_threshold=relevance_threshold,
     )
-    labelled = collection.qrels[split].query_positions(relevance_threshold)
+    labelled = qrels.query_positions(relevance_threshold)
     missing = len(np.setdiff1d(labelled, run.query[(run.documents >= 0).any(1)]))
     if missing:
         logger.warning(
