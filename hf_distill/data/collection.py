@@ -135,9 +135,7 @@ def load_collection(
                 )
             qrels[split] = _qrels(judged, qrels_config, split, queries, corpus, unknown_ids, cache_dir)
     elif splits:
-        raise InputError(
-            "no judgements at all", where=opened.where, cure="Add qrels/<split>.tsv or leave out `splits`"
-        )
+        raise InputError("no judgements", where=opened.where, cure="Add qrels/<split>.tsv, or leave splits out")
     _check_positives(queries, qrels, all_splits=splits is None, require=require_positives, where=opened.where)
     used = {corpus_config, queries_config, qrels_config if judged is opened else None, *_RESERVED}
     return Collection(
@@ -161,8 +159,8 @@ def _config(opened: LocalSource | HubSource, names: Sequence[str]) -> str:
         f"no {names[0]} ({opened.looked_for()})",
         where=opened.where,
         cure=(
-            "A BEIR folder has corpus.jsonl, queries.jsonl (each may end in .gz) and qrels/<split>.tsv; our own layout "
-            "has the configs corpus, queries and qrels, as folders of parquet or named in README.md; on the Hub the "
+            "A BEIR folder has corpus.jsonl, queries.jsonl (each may end in .gz) and qrels/<split>.tsv; our own "
+            "layout has the configs corpus, queries and qrels, as folders of parquet or named in README.md; on the Hub the "
             "layouts of mteb/<name> and BeIR/<name> are read too"
         ),
     )
