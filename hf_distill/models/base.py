@@ -346,7 +346,7 @@ def set_dropout(model: RetrievalModel, probability: float) -> None:
             if isinstance(module, nn.Dropout):
                 module.p = float(probability)
             # Attention functions take their probability from a plain number.
-            for name, value in vars(module).items():
+            for name, value in list(vars(module).items()):
                 if "dropout" in name and isinstance(value, float):
                     setattr(module, name, float(probability))
 
