@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+
+from hf_distill.files import atomic_path
 
 
 # Rows per record batch: large enough for vectorised work, small enough that a block of long documents stays modest.
@@ -32,39 +34,66 @@ def open_arrow(path: Path) -> Any:
     return datasets.Dataset.from_file(str(path))
 
 
-def take(column: pa.ChunkedArray, positions: np.ndarray) -> pa.Array:
-    """Rows of a chunked column, in the order of `positions`.
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """Makes a cache folder by `build(temporary folder)` unless it is there; one process at a time.
 
-    Chunk by chunk, because Arrow's own `take` joins all chunks of a variable-length column first, which would read
-    a whole corpus into memory to fetch 64 passages.
+    Under a launcher every process asks for the same folder in the same moment; the others wait for the first.
     """
-    positions = np.asarray(positions, dtype=np.int64)
-    if positions.size == 0:
-        return pa.array([], type=column.type)
-    if positions.min() < 0 or positions.max() >= len(column):
-        raise IndexError(f"position {int(positions.min())}..{int(positions.max())} outside of 0..{len(column) - 1}")
-    if column.num_chunks == 1:
-        return column.chunk(0).take(pa.array(positions))
-    ends = np.cumsum([len(chunk) for chunk in column.chunks])
-    owner = np.searchsorted(ends, positions, side="right")
-    order = np.argsort(owner, kind="stable")
-    chunks, starts = np.unique(owner[order], return_index=True)
-    parts = []
-    for chunk, group in zip(chunks, np.split(order, starts[1:])):
-        array = column.chunk(int(chunk))
-        parts.append(array.take(pa.array(positions[group] - (ends[chunk] - len(array)))))
-    joined = parts[0] if len(parts) == 1 else pa.concat_arrays(parts)
-    if np.array_equal(order, np.arange(len(order))):
+    from filelock import FileLock
+
+    if not (folder / "info.json").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f".{folder.name}.lock"):
+            if not (folder / "info.json").exists():
+                with atomic_path(folder) as temporary:
+                    temporary.mkdir()
+                    build(temporary)
+    return folder
+
+
+class Column:
+    """A chunked column that fetches rows chunk by chunk.
+
+    Arrow's own `take` joins all chunks of a variable-length column first, which would read a whole corpus into memory
+    to fetch 64 passages.
+    """
+
+    def __init__(self, column: pa.ChunkedArray):
+        self.type = column.type
+        self.chunks = [chunk for chunk in column.chunks if len(chunk)]
+        self.ends = np.cumsum([len(chunk) for chunk in self.chunks], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if self.chunks else 0
+
+    def take(self, positions: Sequence[int] | np.ndarray) -> pa.Array:
+        """The rows at `positions`, in their order; `IndexError` outside of the column."""
+        positions = np.asarray(positions, dtype=np.int64)
+        if positions.size == 0:
+            return pa.array([], type=self.type)
+        if positions.min() < 0 or positions.max() >= len(self):
+            raise IndexError(f"positions {positions.min()}..{positions.max()} outside of 0..{len(self) - 1}")
+        if len(self.chunks) == 1:
+            return self.chunks[0].take(pa.array(positions))
+        owner = np.searchsorted(self.ends, positions, side="right")
+        order = np.argsort(owner, kind="stable")
+        chunks, starts = np.unique(owner[order], return_index=True)
+        parts = []
+        for chunk, group in zip(chunks.tolist(), np.split(order, starts[1:])):
+            array = self.chunks[chunk]
+            parts.append(array.take(pa.array(positions[group] - (self.ends[chunk] - len(array)))))
+        joined = parts[0] if len(parts) == 1 else pa.concat_arrays(parts)
+        if len(order) > 1 and (np.diff(order) != 1).any():
+            inverse = np.empty_like(order)
+            inverse[order] = np.arange(len(order))
+            joined = joined.take(pa.array(inverse))
         return joined
-    inverse = np.empty_like(order)
-    inverse[order] = np.arange(len(order))
-    return joined.take(pa.array(inverse))
 
 
 class ArrowStrings(Sequence):
     """A sequence of strings that stays in Arrow; `rows` selects and orders."""
 
-    def __init__(self, column: pa.ChunkedArray, rows: np.ndarray | None = None):
+    def __init__(self, column: Column, rows: np.ndarray | None = None):
         self.column, self.rows = column, rows
 
     def __len__(self) -> int:
@@ -77,7 +106,7 @@ class ArrowStrings(Sequence):
         if not -len(self) <= index < len(self):
             raise IndexError(f"position {index} outside of 0..{len(self) - 1}")
         index %= len(self)
-        return self.column[index if self.rows is None else int(self.rows[index])].as_py()
+        return self.take([index])[0].as_py()
 
     def __iter__(self) -> Iterator[str]:
         for block in self.blocks():
@@ -99,7 +128,7 @@ class ArrowStrings(Sequence):
             if positions.size and positions.min() < 0:
                 raise IndexError(f"position {int(positions.min())} is negative")
             positions = self.rows[positions]
-        return take(self.column, positions)
+        return self.column.take(positions)
 
     def blocks(self) -> Iterator[pa.Array]:
         """All strings, a block of at most `BLOCK_ROWS` at a time."""
@@ -109,7 +138,7 @@ class ArrowStrings(Sequence):
                     yield chunk.slice(start, BLOCK_ROWS)
         else:
             for start in range(0, len(self.rows), BLOCK_ROWS):
-                yield take(self.column, self.rows[start : start + BLOCK_ROWS])
+                yield self.column.take(self.rows[start : start + BLOCK_ROWS])
 
 
 class ContentHash:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from hf_distill.console import get_logger
 from hf_distill.data import schema
+from hf_distill.data.arrow import build_once
 from hf_distill.data.qrels import Qrels
 from hf_distill.data.readers import Block
 from hf_distill.data.run import mark_doubled
@@ -18,7 +20,7 @@ from hf_distill.data.sources import HubSource, LocalSource, open_source
 from hf_distill.data.tables import CACHE_VERSION, Corpus, Queries, TextTable
 from hf_distill.data.values import find_column, id_array, integer_array
 from hf_distill.errors import InputError
-from hf_distill.files import atomic_path, cache_folder, fingerprint, read_json, write_json
+from hf_distill.files import cache_folder, fingerprint, read_json, write_json
 
 
 if TYPE_CHECKING:
@@ -160,8 +162,8 @@ def _config(opened: LocalSource | HubSource, names: Sequence[str]) -> str:
         where=opened.where,
         cure=(
             "A BEIR folder has corpus.jsonl, queries.jsonl (each may end in .gz) and qrels/<split>.tsv; our own "
-            "layout has the configs corpus, queries and qrels, as folders of parquet or named in README.md; on the Hub the "
-            "layouts of mteb/<name> and BeIR/<name> are read too"
+            "layout has the configs corpus, queries and qrels, as folders of parquet or named in README.md; on the "
+            "Hub the layouts of mteb/<name> and BeIR/<name> are read too"
         ),
     )
 
@@ -180,7 +182,10 @@ def _table(kind: type[TextTable], opened: LocalSource | HubSource, config: str, 
 def _is_row_set(opened: LocalSource | HubSource, config: str) -> bool:
     if isinstance(opened, HubSource):
         return True  # looking inside would download it; `Collection.rows` does
-    return schema.DOCUMENT_IDS in opened.columns(config)
+    try:
+        return schema.DOCUMENT_IDS in opened.columns(config)
+    except InputError:  # some other file that lies there; if it is meant as a row set, `Collection.rows` tells
+        return False
 
 
 def _qrels_config(opened, revision: str | None) -> tuple[LocalSource | HubSource, str | None]:
@@ -205,13 +210,14 @@ def _qrels(opened, config: str, split: str, queries: Queries, corpus: Corpus, un
     key = [CACHE_VERSION, opened.key(config, split), queries.fingerprint, corpus.fingerprint, unknown_ids]
     folder = cache_folder(cache_dir) / "data" / f"qrels-{fingerprint(key)}"
     names = ("query", "document", "relevance")
-    if not (folder / "info.json").exists():
+
+    def build(temporary: Path) -> None:
         arrays, info = _read_qrels(opened.blocks(config, split), queries, corpus, where, drop=unknown_ids == "drop")
-        with atomic_path(folder) as temporary:
-            temporary.mkdir()
-            for array_name, array in zip(names, arrays):
-                np.save(temporary / f"{array_name}.npy", array)
-            write_json(temporary / "info.json", info)
+        for array_name, array in zip(names, arrays):
+            np.save(temporary / f"{array_name}.npy", array)
+        write_json(temporary / "info.json", info)
+
+    build_once(folder, build)
     for count, problem in (
         ("dropped", "judgements of unknown queries or documents were dropped"),
         ("doubled", "judgements are given twice; the last one counts"),

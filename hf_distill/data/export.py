@@ -80,7 +80,8 @@ def save_collection(
             rows.save(temporary / name)
             entries.append(config_entry(name, {"train": f"{name}/*.parquet"}))
         metadata, text = split_card(card if card is not None else _description(collection))
-        metadata = {"task_categories": ["text-retrieval"], **metadata, "configs": entries}
+        metadata = {"task_categories": ["text-retrieval"], **metadata, "collection_name": collection.name}
+        metadata["configs"] = entries
         (temporary / "README.md").write_text(join_card(metadata, text), encoding="utf-8")
     return folder
 

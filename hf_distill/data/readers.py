@@ -24,6 +24,8 @@ SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 # A block also ends when its text reaches this size, so that long documents do not swell it.
 BLOCK_CHARACTERS = 16 * 2**20
 
+TAB = "\t"
+
 
 @dataclass
 class Block:
@@ -55,12 +57,11 @@ def file_kind(path: str | Path) -> str | None:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
-def read_blocks(path: str | Path, *, required: Sequence[str] = ()) -> Iterator[Block]:
+def read_blocks(path: str | Path) -> Iterator[Block]:
     """Reads `.jsonl`, `.json` (one object a line), `.tsv`, `.csv` (each also `.gz`) and `.parquet` block by block.
 
     Args:
         path: The file.
-        required: Column names that must be present in every JSON line; an absent key is an error that names the line.
 
     Raises:
         InputError: Unknown suffix, broken compression, bytes that are not UTF-8, malformed lines; the message names
@@ -71,9 +72,9 @@ def read_blocks(path: str | Path, *, required: Sequence[str] = ()) -> Iterator[B
     if kind == ".parquet":
         yield from _parquet_blocks(path)
     elif kind in (".jsonl", ".json"):
-        yield from _json_blocks(path, required)
+        yield from _json_blocks(path)
     elif kind in (".tsv", ".csv"):
-        yield from _separated_blocks(path, "\t" if kind == ".tsv" else ",")
+        yield from _separated_blocks(path, TAB if kind == ".tsv" else ",")
     else:
         raise InputError(
             f"no reader for a file named {path.name!r}",
@@ -82,8 +83,8 @@ def read_blocks(path: str | Path, *, required: Sequence[str] = ()) -> Iterator[B
         )
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Line numbers from 1 and decoded lines without their line ends; blank lines are passed over.
+def read_lines(path: str | Path, *, blank: bool = False) -> Iterator[tuple[int, str]]:
+    """Line numbers from 1 and decoded lines without their line ends; blank lines only where `blank` is true.
 
     Only `\\n` and `\\r\\n` end a line, so that a text may hold other Unicode line separators.
     """
@@ -99,12 +100,12 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
                     raise InputError(
-                        f"byte {error.start + 1} of the line ({error.object[error.start : error.start + 1]!r}) is not UTF-8",
+                        f"byte {error.start + 1} of the line ({line[error.start : error.start + 1]!r}) is not UTF-8",
                         where=f"{path}, line {number}",
                         cure="Convert the file to UTF-8, for example with iconv -f latin1 -t utf-8",
                     ) from None
                 text = text.rstrip("\r\n")
-                if text:
+                if text or blank:
                     yield number, text
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         problem = "the compressed file ends too early" if isinstance(error, EOFError) else f"broken gzip ({error})"
@@ -117,7 +118,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
         ) from None
 
 
-def _json_blocks(path: Path, required: Sequence[str]) -> Iterator[Block]:
+def _json_blocks(path: Path) -> Iterator[Block]:
     records: list[dict] = []
     first, size = 1, 0
 
@@ -149,13 +150,6 @@ def _json_blocks(path: Path, required: Sequence[str]) -> Iterator[Block]:
                 where=f"{path}, line {number}",
                 cure='Every line must be one JSON object such as {"_id": ..., "text": ...}',
             )
-        for name in required:
-            if name not in record:
-                raise InputError(
-                    f"the field {name!r} is missing (found: {', '.join(map(repr, record)) or 'none'})",
-                    where=f"{path}, line {number}, field {name!r}",
-                    cure="Add the field to this line or remove the line",
-                )
         if not records:
             first = number
         records.append(record)
@@ -172,15 +166,13 @@ def _separated_blocks(path: Path, separator: str) -> Iterator[Block]:
     def flush() -> Block:
         return Block({name: list(column) for name, column in zip(header, zip(*rows))}, str(path), first, "line")
 
-    for number, line in read_lines(path):
-        # Tab-separated files of this field are not quoted: a text may begin with a quotation mark.
-        cells = line.split("\t") if separator == "\t" else next(csv.reader([line]))
+    for number, cells in _cells(path, separator):
         if header is None:
             header = [cell.strip() for cell in cells]
             continue
         if len(cells) != len(header):
             raise InputError(
-                f"{len(cells)} fields where the header has {len(header)} ({', '.join(header)}): {line[:80]!r}",
+                f"{len(cells)} fields where the header has {len(header)} ({', '.join(header)}): {separator.join(cells)[:80]!r}",
                 where=f"{path}, line {number}",
                 cure="Every line must have the header's fields, separated by "
                 + ("tabs" if separator == "\t" else "commas"),
@@ -194,6 +186,28 @@ def _separated_blocks(path: Path, separator: str) -> Iterator[Block]:
     if header is None:
         raise InputError("the file is empty", where=str(path), cure="It needs a header line and at least one row")
     yield flush() if rows else Block({name: [] for name in header}, str(path), 2, "line")
+
+
+def _cells(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
+    if separator == TAB:
+        # Tab-separated files of this field are not quoted: a text may begin with a quotation mark.
+        for number, line in read_lines(path):
+            yield number, line.split(TAB)
+        return
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader((line + "\n" for _, line in read_lines(path, blank=True)), strict=True)
+    start = 1
+    try:
+        for cells in reader:
+            if cells:
+                yield start, cells
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(
+            f"not a row of comma-separated values ({error})",
+            where=f"{path}, line {start}",
+            cure="Put fields with commas or line breaks in double quotes, and double the quotes inside them",
+        ) from None
 
 
 def _parquet_blocks(path: Path) -> Iterator[Block]:

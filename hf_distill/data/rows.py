@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,14 @@ import pyarrow as pa
 
 from hf_distill.console import get_logger
 from hf_distill.data import schema
-from hf_distill.data.arrow import BLOCK_ROWS, ContentHash, open_arrow, take, write_arrow
+from hf_distill.data.arrow import BLOCK_ROWS, Column, ContentHash, build_once, open_arrow, write_arrow
 from hf_distill.data.lists import ListView, list_column
 from hf_distill.data.readers import Block
 from hf_distill.data.rows_io import clean_rows, write_rows
 from hf_distill.data.sources import HubSource, LocalSource
 from hf_distill.data.tables import CACHE_VERSION, Corpus, Queries
 from hf_distill.errors import InputError
-from hf_distill.files import atomic_path, cache_folder, fingerprint, read_json, write_json
+from hf_distill.files import cache_folder, fingerprint, read_json, write_json
 
 
 if TYPE_CHECKING:
@@ -212,23 +213,29 @@ class RowSet:
     def _cached(cls, tables, key, queries, corpus, metadata, cache_dir, where: str) -> RowSet:
         digits = fingerprint([CACHE_VERSION, key, queries.fingerprint, corpus.fingerprint])
         folder = cache_folder(cache_dir) / "rows" / digits
-        if not (folder / "info.json").exists():
-            with atomic_path(folder) as temporary:
-                temporary.mkdir()
-                first = next(tables, None)
-                if first is None:
-                    raise InputError("no rows in it", where=where, cure="A row set needs at least one row")
-                content = ContentHash(first.schema.names)
 
-                def hashed() -> Iterator[pa.Table]:
-                    table = first
-                    while table is not None:
-                        content.update(table)
-                        yield table
-                        table = next(tables, None)
+        def build(temporary: Path) -> None:
+            first = next(tables, None)
+            if first is None:
+                raise InputError("no rows in it", where=where, cure="A row set needs at least one row")
+            content = ContentHash(first.schema.names)
 
-                rows = write_arrow(temporary / "rows.arrow", first.schema, hashed())
-                write_json(temporary / "info.json", {"rows": rows, "fingerprint": content.hexdigest()})
+            def hashed() -> Iterator[pa.Table]:
+                for table in chain([first], tables):
+                    if table.schema != first.schema:
+                        raise InputError(
+                            f"the columns {', '.join(table.column_names)} where the first rows have "
+                            f"{', '.join(first.column_names)}",
+                            where=where,
+                            cure="All rows of a set need the same columns",
+                        )
+                    content.update(table)
+                    yield table
+
+            rows = write_arrow(temporary / "rows.arrow", first.schema, hashed())
+            write_json(temporary / "info.json", {"rows": rows, "fingerprint": content.hexdigest()})
+
+        build_once(folder, build)
         info = read_json(folder / "info.json")
         return cls(open_arrow(folder / "rows.arrow"), queries, corpus, metadata, content=info["fingerprint"])
 
@@ -341,7 +348,7 @@ class RowSet:
     def select(self, indices: Sequence[int] | np.ndarray) -> RowSet:
         """Only these rows, in this order, in memory."""
         indices = np.asarray(indices, dtype=np.int64)
-        arrays = [take(self.table.column(name), indices) for name in self.table.column_names]
+        arrays = [Column(self.table.column(name)).take(indices) for name in self.table.column_names]
         table = pa.Table.from_arrays(
             arrays, schema=pa.schema([self.table.schema.field(i) for i in range(len(arrays))])
         )

@@ -7,7 +7,10 @@ A folder or Hub repository holds the configs `queries`, `corpus` and `qrels` and
 | `queries` | `query_id`, `text` |
 | `corpus` | `document_id`, `title`, `text` |
 | `qrels` | `query_id`, `document_id`, `relevance` |
-| row set | `query_id`, `document_ids` (positives first), `num_positives`, and per document any of `sources`, `ranks`, `scores` (the primary teacher), `retriever_scores`, `scores_<teacher>`, `layer_scores_<teacher>` |
+| row set | `query_id`, `document_ids` (positives first), `num_positives`, and any of the lists below |
+
+The lists of a row set have one entry for each document: `sources`, `ranks`, `scores` (the primary teacher's),
+`retriever_scores`, `scores_<teacher>`, `layer_scores_<teacher>`.
 
 Identifiers are strings in files and messages. In memory a row holds positions in the queries and the corpus.
 """

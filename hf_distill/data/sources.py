@@ -32,7 +32,9 @@ class LocalSource:
     def __init__(self, folder: str | os.PathLike, cache_dir: str | os.PathLike | None = None, only: str | None = None):
         self.folder = Path(folder)
         self.where = str(self.folder)
-        self.name = self.folder.resolve().name
+        readme = self.folder / "README.md"
+        self._card = read_card(readme)[0] if readme.exists() else {}
+        self.name = str(self._card.get("collection_name") or self.folder.resolve().name)
         self._cache_dir = cache_dir
         self._files = self._from_names(only) if only else self._from_readme() or self._from_names()
 
@@ -51,9 +53,9 @@ class LocalSource:
         """Identifies the content of the split's files, not their names."""
         return [[file_kind(file), self._hash(file)] for file in self._files[config][split]]
 
-    def blocks(self, config: str, split: str, required: tuple[str, ...] = ()) -> Iterator[Block]:
+    def blocks(self, config: str, split: str) -> Iterator[Block]:
         for file in self._files[config][split]:
-            yield from read_blocks(file, required=required)
+            yield from read_blocks(file)
 
     def columns(self, config: str) -> list[str]:
         """The columns of the first file."""
@@ -71,9 +73,8 @@ class LocalSource:
 
     def _from_readme(self) -> dict[str, dict[str, list[Path]]]:
         readme = self.folder / "README.md"
-        metadata = read_card(readme)[0] if readme.exists() else {}
         result: dict[str, dict[str, list[Path]]] = {}
-        for entry in metadata.get("configs") or []:
+        for entry in self._card.get("configs") or []:
             data_files = entry.get("data_files") or []
             if isinstance(data_files, str) or all(isinstance(item, str) for item in data_files):
                 data_files = [{"split": "train", "path": data_files}]
@@ -147,7 +148,7 @@ class HubSource:
         content = files or self._load(config)[split]._fingerprint
         return [self.repo, self.revision, config, split, content]
 
-    def blocks(self, config: str, split: str, required: tuple[str, ...] = ()) -> Iterator[Block]:
+    def blocks(self, config: str, split: str) -> Iterator[Block]:
         first = 1
         for table in self._load(config)[split].with_format("arrow").iter(batch_size=BLOCK_ROWS):
             columns = {name: table.column(name) for name in table.column_names}
@@ -187,7 +188,7 @@ def open_source(
     return HubSource(text, revision)
 
 
-# The four functions below are the only ones that speak to the Hub; `datasets` and `huggingface_hub` retry by themselves.
+# Only the four functions below speak to the Hub; `datasets` and `huggingface_hub` retry by themselves.
 
 
 def resolve_revision(repo: str, revision: str | None) -> str | None:

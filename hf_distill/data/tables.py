@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow as pa
 
 from hf_distill.data import schema
-from hf_distill.data.arrow import BLOCK_ROWS, ArrowStrings, ContentHash, open_arrow, take, write_arrow
+from hf_distill.data.arrow import BLOCK_ROWS, ArrowStrings, Column, ContentHash, build_once, open_arrow, write_arrow
 from hf_distill.data.lookup import DoubledIdError, IdIndex
 from hf_distill.data.readers import Block
-from hf_distill.data.values import find_column, id_array, text_array
+from hf_distill.data.values import find_column, id_array, text_array, title_array
 from hf_distill.errors import InputError
-from hf_distill.files import atomic_path, cache_folder, fingerprint, read_json, write_json
+from hf_distill.files import cache_folder, fingerprint, read_json, write_json
 
 
 DEFAULT_TEMPLATE = "{title} {text}"
@@ -84,6 +84,7 @@ class TextTable:
     ):
         self._base, self.where, self._rows, self._folder = dataset, where, rows, folder
         self._fingerprint = content if rows is None else None
+        self._columns: dict[str, Column] = {}
         self._base_index: IdIndex | None = None
         self._index: IdIndex | None = None
 
@@ -125,10 +126,7 @@ class TextTable:
             cache_dir: Instead of the default cache folder.
         """
         folder = cls.cached_folder(key, cache_dir)
-        if not (folder / "info.json").exists():
-            with atomic_path(folder) as temporary:
-                temporary.mkdir()
-                cls._write(blocks, temporary, where)
+        build_once(folder, lambda temporary: cls._write(blocks, temporary, where))
         info = read_json(folder / "info.json")
         return cls(open_arrow(folder / "table.arrow"), where=where, folder=folder, content=info["fingerprint"])
 
@@ -172,7 +170,7 @@ class TextTable:
         columns = [id_array(block, find_column(block, cls.id_names))]
         for name in cls.arrow_schema.names[1:]:
             if name == schema.TITLE:
-                columns.append(text_array(block, find_column(block, (schema.TITLE,), needed=False)))
+                columns.append(title_array(block, schema.TITLE))
             else:
                 columns.append(text_array(block, find_column(block, cls.text_names)))
         return pa.Table.from_arrays(columns, schema=cls.arrow_schema)
@@ -202,7 +200,7 @@ class TextTable:
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process maps the files again instead of receiving their content.
-        return {**self.__dict__, "_index": None, "_base_index": None}
+        return {**self.__dict__, "_columns": {}, "_index": None, "_base_index": None}
 
     @property
     def dataset(self) -> Any:
@@ -275,15 +273,17 @@ class TextTable:
     def _all_or(self, positions: Sequence[int] | np.ndarray | None) -> np.ndarray:
         return np.arange(len(self)) if positions is None else np.asarray(positions, dtype=np.int64)
 
-    def _column(self, name: str) -> pa.ChunkedArray:
-        return self._base.data.column(name)
+    def _column(self, name: str) -> Column:
+        if name not in self._columns:
+            self._columns[name] = Column(self._base.data.column(name))
+        return self._columns[name]
 
     def _take(self, name: str, positions: np.ndarray) -> pa.Array:
         if self._rows is not None:
             if positions.size and (positions.min() < 0 or positions.max() >= len(self)):
                 raise IndexError(f"position outside of 0..{len(self) - 1}")
             positions = self._rows[positions]
-        return take(self._column(name), positions)
+        return self._column(name).take(positions)
 
 
 class Queries(TextTable):

@@ -17,13 +17,11 @@ from hf_distill.errors import InputError
 _BREAKS_LINES = r"[\t\n\v\f\r\x00]"
 
 
-def find_column(block: Block, names: Sequence[str], *, needed: bool = True) -> str | None:
+def find_column(block: Block, names: Sequence[str]) -> str:
     """The first of `names` that the block has; `InputError` lists both sides when there is none."""
     for name in names:
         if name in block.columns:
             return name
-    if not needed:
-        return None
     raise InputError(
         f"no column {names[0]!r} (found: {', '.join(map(repr, block.columns)) or 'no columns'})",
         where=block.where if block.unit == "row" else block.place(0),
@@ -52,12 +50,24 @@ def id_array(block: Block, name: str) -> pa.Array:
     return array
 
 
-def text_array(block: Block, name: str | None) -> pa.Array:
-    """Texts as strings; null becomes the empty string, as does a column that is absent (`name` is `None`)."""
-    if name is None:
-        return pa.array([""] * len(block), pa.string())
+def text_array(block: Block, name: str) -> pa.Array:
+    """Texts as strings; a missing text is an error, an empty one is not."""
     array = _strings(block, name, integers=False)
-    return pc.fill_null(array, "") if array.null_count else array
+    if array.null_count:
+        index = pc.index(pc.is_null(array), True).as_py()
+        raise InputError(
+            "the text is missing",
+            where=_at(block, index, name),
+            cure='Fill it in or remove the row; write "" if there really is no text',
+        )
+    return array
+
+
+def title_array(block: Block, name: str) -> pa.Array:
+    """Titles as strings; a missing title, in one row or in all, is the empty string."""
+    if name not in block.columns:
+        return pa.array([""] * len(block), pa.string())
+    return pc.fill_null(_strings(block, name, integers=False), "")
 
 
 def integer_array(block: Block, name: str) -> np.ndarray:
