@@ -172,6 +172,18 @@ def test_rows_without_a_positive_leave_the_mean(name):
     assert nothing.item() == 0 and not gradient(nothing, student).any()
 
 
+@pytest.mark.parametrize("name", ["contrastive", "dkd", "margin_mse"])
+def test_rows_whose_target_is_masked_leave_the_mean(name):
+    loss = SCORE_LOSSES[name]
+    student, teacher, target, mask = batch(14)
+    expected = loss(student[1:], teacher[1:], target[1:], mask=mask[1:])
+    mask[0] = True
+    mask[0, target[0]] = False
+    actual = loss(student, teacher, target, mask=mask)
+    torch.testing.assert_close(actual, expected)
+    assert not gradient(actual, student)[0].any()
+
+
 @pytest.mark.parametrize("name", ["kl", "margin_mse", "margin_mse_first", "rank_consistency", "layer_alignment"])
 def test_rows_without_a_positive_still_learn_from_the_teacher(name):
     student, teacher, target, _ = batch(8)

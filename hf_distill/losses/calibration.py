@@ -67,7 +67,7 @@ def _beaten(scores: Tensor, keep: Tensor) -> Tensor:
     hidden = scores.masked_fill(~keep, torch.finfo(scores.dtype).max)
     ordered = hidden.sort(dim=-1).values
     lower = torch.searchsorted(ordered, scores.contiguous(), right=False)
-    not_above = torch.searchsorted(ordered, scores.contiguous(), right=True).minimum(keep.sum(-1, keepdim=True))
+    not_above = torch.searchsorted(ordered, scores.contiguous(), right=True)
     return (lower + not_above - 1).to(scores.dtype) / 2
 
 
