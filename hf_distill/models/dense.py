@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -192,6 +192,8 @@ class DenseRetriever(RetrievalModel):
         if layout.passage is not None:
             passage_backbone = load_backbone(layout.passage.folder, name, dtype, attention=attn_implementation)
             second = load_tokenizer(layout.passage.folder, name, passage_backbone, layout.passage.lowercase)
+            length = layout.passage.max_length or second.model_max_length
+            layout = replace(layout, passage=replace(layout.passage, max_length=length))
             if tokenizer_fingerprint(second) != tokenizer_fingerprint(tokenizer):
                 raise InputError(
                     "the two towers have different tokenizers", where=name, cure="Give towers that share a tokenizer"
@@ -411,7 +413,8 @@ def _settings_of(
 ) -> tuple[DenseRetrieverConfig, tuple[tuple[ProjectionLayout, ...], tuple[ProjectionLayout, ...]]]:
     """The configuration a layout and the user's overrides make, and the projections to load per tower."""
     query, passage = layout.query, layout.passage or layout.query
-    if query.pooling != passage.pooling or query.normalize != passage.normalize:
+    poolings = {tower.pooling for tower in (query, passage)} - {None}
+    if len(poolings) > 1 or query.normalize != passage.normalize:
         raise InputError("the two towers pool or normalise differently", where=name)
     decoder = any(part.endswith("ForCausalLM") for part in backbone.config.architectures or [])
     projections = _projection_layouts(layout)
@@ -425,7 +428,7 @@ def _settings_of(
                 cure="Leave projection_dim out, or start from a model without a Dense module",
             )
     settings: dict[str, Any] = {
-        "pooling": query.pooling or ("last" if decoder else "mean"),
+        "pooling": next(iter(poolings), "last" if decoder else "mean"),
         "normalize": query.normalize,
         "similarity": layout.similarity or "cosine",
         "query_prompt": layout.query_prompt,

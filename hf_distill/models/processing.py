@@ -154,6 +154,16 @@ def prepare_tokenizer(tokenizer: Any, vocabulary_size: int | None, where: str) -
     """
     from ..console import get_logger
 
+    known = set(
+        tokenizer("a the 0 1 der la и 的", add_special_tokens=False, truncation=True, max_length=64)["input_ids"]
+    )
+    if known <= {*tokenizer.all_special_ids}:
+        # transformers makes an empty tokenizer, silently, where a folder has none.
+        raise InputError(
+            "there is no tokenizer, or it knows no words",
+            where=where,
+            cure="Save the model's own tokenizer into the folder (tokenizer.save_pretrained)",
+        )
     if tokenizer.pad_token_id is None:
         substitute = tokenizer.eos_token or tokenizer.unk_token
         if substitute is None:
