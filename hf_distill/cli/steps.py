@@ -183,9 +183,7 @@ def parse_window(text: str) -> tuple[int, int]:
     except ValueError:
         first = last = 0
     if not 1 <= first <= last:
-        raise InputError(
-            f"{text!r} is not a window of ranks", where="--mine_window", cure="Write for example '1,200'"
-        )
+        raise InputError(f"{text!r} is not a window of ranks", where="--mine_window", cure="Write for example '1,200'")
     return first, last
 
 
@@ -220,6 +218,8 @@ def mined_rows(
     from ..retrieval import mine
 
     queries = data.collection.qrels[data.train].query_positions()
+    if options.max_queries is not None and options.max_queries < len(queries):
+        queries = np.sort(np.random.default_rng(seed).choice(queries, options.max_queries, replace=False))
     run = candidates_run(source, data, queries, options.mine_depth, settings, index)
     return mine(
         run,
@@ -233,4 +233,31 @@ def mined_rows(
         sampling=options.mine_sampling,
         seed=seed,
         source=source if isinstance(source, str) else Path(source.name_or_path).name,
+    )
+
+
+def evaluation_for(data: Data, args: Any, model: RetrievalModel) -> Any:
+    """The evaluation during training; without a dev split `args` are changed so that there is none."""
+    from ..evaluation import RetrievalEvaluation
+    from ..models import CrossEncoderRanker
+
+    if data.eval is None or args.eval_strategy == "no":
+        args.eval_strategy = type(args.eval_strategy)("no")
+        args.load_best_model_at_end = False
+        return None
+    candidates = None
+    if isinstance(model, CrossEncoderRanker):
+        from ..retrieval import bm25_search
+
+        queries = data.collection.qrels[data.eval].query_positions()
+        candidates = bm25_search(data.collection, queries, args.eval_depth)
+    return RetrievalEvaluation(
+        data.collection,
+        data.eval,
+        measures=[name.strip() for name in args.eval_measures.split(",")],
+        depth=args.eval_depth,
+        corpus_size=args.eval_corpus_size or None,
+        num_queries=args.eval_queries,
+        candidates=candidates,
+        seed=args.seed,
     )

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from .options import DataOptions, EncodeOptions, ModelOptions, RowOptions, TrainOptions
 from .parsing import Verb, require
+
+
+if TYPE_CHECKING:
+    from ..data import RowSet
+    from ..models.base import RetrievalModel
+    from .steps import Data
 
 
 def _arguments() -> tuple[type, ...]:
@@ -36,38 +43,59 @@ def run(
     overrides = steps.model_overrides(model_options)
     if options.kind not in (None, "dense", "cross_encoder"):
         raise InputError(f"unknown kind {options.kind!r}", where="--kind", cure="Choose dense or cross_encoder")
-    loader = {None: load_model, "dense": DenseRetriever.from_pretrained, "cross_encoder": CrossEncoderRanker.from_pretrained}
-    model = loader[options.kind](options.model, revision=options.model_revision, **overrides)
+    if options.kind == "dense":
+        loader = DenseRetriever.from_pretrained
+    else:
+        loader = CrossEncoderRanker.from_pretrained if options.kind == "cross_encoder" else load_model
+    model = loader(options.model, revision=options.model_revision, **overrides)
     settings = steps.settings_of(
-        data_options, options, row_options, model_options, args, data_fingerprint=data.collection.fingerprint,
-        start=model.weights_fingerprint(),
+        data_options,
+        options,
+        row_options,
+        model_options,
+        encode_options,
+        args,
+        data_fingerprint=data.collection.fingerprint,
+        start_weights=model.weights_fingerprint(),
     )
     folder = steps.claim_output(args.output_dir, settings)
     encode = steps.encode_settings(encode_options, data_options)
-    report = Report(folder, data, encode, measures=args.eval_measures, depth=args.eval_depth)
-
-    if row_options.rows is not None:
-        rows = steps.named_rows(data, row_options.rows)
-    else:
-        source = {"auto": "bm25", "teacher": "bm25", "student": model}.get(row_options.mine_with, row_options.mine_with)
-        if isinstance(source, str) and source != "bm25":
-            source = load_model(source)
-        rows = steps.mined_rows(source, data, row_options, encode, index=encode_options.index, seed=args.seed)
-    rows = steps.sample_rows(rows, row_options.max_queries, args.seed)
-
+    report = Report(
+        folder, data, encode, measures=args.eval_measures, depth=args.eval_depth, index=encode_options.index
+    )
+    rows = _rows(data, row_options, model, encode, encode_options.index, args.seed)
     report.bm25()
     report.model("before", model)
-    trainer = RetrievalTrainer(model, args, rows=rows, evaluation=steps.evaluation_for(data, args, model))
+    evaluation = steps.evaluation_for(data, args, model)
+    trainer = RetrievalTrainer(model, args, rows=rows, evaluation=evaluation)
     steps.finish_training(trainer)
     report.model("trained", model)
     report.finish(
         trainer,
         rows,
-        title=f"{folder.name}",
-        main="trained",
+        system="trained",
+        summary=f"`{options.model}`, trained on *{data.collection.name}*.",
         settings=settings,
         base_models=[options.model],
     )
+
+
+def _rows(
+    data: Data, options: RowOptions, model: RetrievalModel, encode: dict[str, Any], index: str, seed: int
+) -> RowSet:
+    from ..models import load_model
+    from . import steps
+
+    if options.rows is not None:
+        return steps.sample_rows(steps.named_rows(data, options.rows), options.max_queries, seed)
+    if options.mine_with == "teacher":
+        raise InputError("there is no teacher here", where="--mine_with", cure="Choose bm25, student or a model id")
+    source: Any = options.mine_with
+    if source == "student":
+        source = copy.deepcopy(model)
+    elif source not in ("auto", "bm25"):
+        source = load_model(source)
+    return steps.mined_rows("bm25" if source == "auto" else source, data, options, encode, index=index, seed=seed)
 
 
 VERB = Verb(

@@ -1,0 +1,416 @@
+"""`hf-distill distill`: one command from a teacher to a student; what is missing on the way is made."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..console import get_logger, print_table
+from ..errors import InputError
+from .options import DataOptions, EncodeOptions, ModelOptions, RowOptions, StudentOptions
+from .parsing import Verb, require
+
+
+if TYPE_CHECKING:
+    from ..data import RowSet
+    from ..models.base import RetrievalModel
+    from ..teachers import Teacher
+    from ..trainers import DistillTrainer, RetrievalTrainer
+
+logger = get_logger(__name__)
+
+
+def _arguments() -> tuple[type, ...]:
+    from .training_arguments import DistillArguments
+
+    return (DataOptions, StudentOptions, RowOptions, ModelOptions, EncodeOptions, DistillArguments)
+
+
+@dataclass
+class TeacherSpec:
+    """A teacher as it was asked for: a model, or a column of the rows."""
+
+    name: str
+    origin: str
+    model: RetrievalModel | None = None
+    column: str | None = None
+    figures: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_ranker(self) -> bool:
+        from ..models import CrossEncoderRanker
+
+        return isinstance(self.model, CrossEncoderRanker)
+
+
+class Distillation:
+    """The steps of one distillation, in the order in which `run` takes them."""
+
+    def __init__(
+        self,
+        data_options: DataOptions,
+        options: StudentOptions,
+        row_options: RowOptions,
+        model_options: ModelOptions,
+        encode_options: EncodeOptions,
+        args: Any,
+    ):
+        from . import steps
+        from .reporting import Report
+
+        if options.teacher_mode not in ("cached", "live"):
+            raise InputError(
+                f"unknown mode {options.teacher_mode!r}", where="--teacher_mode", cure="Choose cached or live"
+            )
+        self.options, self.row_options, self.encode_options, self.args = options, row_options, encode_options, args
+        self.steps = steps
+        self.data = steps.Data.open(data_options)
+        self.encode = steps.encode_settings(encode_options, data_options)
+        self.teachers = [self._open_teacher(number, origin) for number, origin in enumerate(options.teacher)]
+        self.student = self._open_student(steps.model_overrides(model_options))
+        settings = steps.settings_of(
+            data_options,
+            options,
+            row_options,
+            model_options,
+            encode_options,
+            args,
+            data_fingerprint=self.data.collection.fingerprint,
+            student_weights=self.student.weights_fingerprint(),
+            teacher_weights=[spec.model.weights_fingerprint() if spec.model else None for spec in self.teachers],
+        )
+        self.settings = settings
+        self.row_source = self._row_source()
+        self.folder = Path(args.output_dir)
+        self.report = Report(
+            self.folder,
+            self.data,
+            self.encode,
+            measures=args.eval_measures,
+            depth=args.eval_depth,
+            index=encode_options.index,
+        )
+
+    # ---- Opening ----
+    def _open_teacher(self, number: int, origin: str) -> TeacherSpec:
+        from ..models import load_model
+
+        name = "teacher" if number == 0 else f"teacher_{number + 1}"
+        if origin.startswith("column:"):
+            return TeacherSpec(name, origin, column=origin.removeprefix("column:"))
+        revision = self.options.teacher_revision if number == 0 else None
+        return TeacherSpec(name, origin, load_model(origin, revision=revision))
+
+    def _open_student(self, overrides: dict[str, Any]) -> RetrievalModel:
+        from ..models import student_from
+
+        retriever = next((spec.model for spec in self.teachers if spec.model and not spec.is_ranker), None)
+        if self.options.student.startswith("layers:") and retriever is None:
+            raise InputError(
+                f"{self.options.student!r} takes the layers of a bi-encoder teacher, and there is none",
+                where="--student",
+                cure="Name a bi-encoder as student (its Hub id or folder)",
+            )
+        student = student_from(self.options.student, retriever, revision=self.options.student_revision, **overrides)
+        return student
+
+    def _row_source(self) -> Any:
+        """Who mines the training rows: None (they are there), `"bm25"`, or a bi-encoder."""
+        from ..models import load_model
+
+        if self.row_options.rows is not None:
+            return None
+        retriever = next((spec.model for spec in self.teachers if spec.model and not spec.is_ranker), None)
+        choice = self.row_options.mine_with
+        if choice == "auto":
+            return retriever if retriever is not None else "bm25"
+        if choice == "teacher":
+            if retriever is None:
+                raise InputError(
+                    "no teacher is a bi-encoder, so none can mine",
+                    where="--mine_with",
+                    cure="Choose bm25, student or a model id",
+                )
+            return retriever
+        if choice == "student":
+            return copy.deepcopy(self.student)
+        return "bm25" if choice == "bm25" else load_model(choice)
+
+    # ---- Plan ----
+    def plan(self) -> list[tuple[str, float]]:
+        """What will be done, and about how many seconds each step takes on this machine."""
+        from ..retrieval import estimate_seconds
+
+        collection, args = self.data.collection, self.args
+        passages, queries = len(collection.corpus), len(collection.queries)
+        rows = len(collection.qrels[self.data.train].query_positions()) if self.row_options.rows is None else queries
+        rows = min(rows, self.row_options.max_queries or rows)
+        tests = len(collection.qrels[self.data.test].query_positions()) if self.data.test else 0
+        lines: list[tuple[str, float]] = []
+
+        def seconds(model: Any, count: int, pairs: bool = False) -> float:
+            return estimate_seconds(model, collection, count, pairs=pairs, **self.encode)
+
+        for spec in self.teachers:
+            if spec.model is not None and not spec.is_ranker:
+                lines.append(
+                    (
+                        f"encode {passages:,} passages and {queries:,} queries with {spec.name}",
+                        seconds(spec.model, passages),
+                    )
+                )
+        if self.row_source == "bm25":
+            lines.append((f"mine negatives of {rows:,} queries with BM25", 2 + rows * 1e-3))
+        elif self.row_source is not None:
+            encoded = any(self.row_source is spec.model for spec in self.teachers)
+            name = "the teacher's embeddings" if encoded else self.row_source.name_or_path
+            lines.append(
+                (
+                    f"mine negatives of {rows:,} queries with {name}",
+                    0 if encoded else seconds(self.row_source, passages),
+                )
+            )
+        per_row = 1 + self.row_options.mine_negatives
+        for spec in self.teachers:
+            if spec.is_ranker and self.options.teacher_mode == "cached":
+                pairs = rows * per_row
+                lines.append((f"score {pairs:,} pairs with {spec.name}", seconds(spec.model, pairs, pairs=True)))
+            if spec.is_ranker and tests:
+                pairs = tests * args.eval_depth
+                lines.append(
+                    (f"re-rank {pairs:,} test pairs with {spec.name}", seconds(spec.model, pairs, pairs=True))
+                )
+        before = seconds(self.student, passages)
+        steps = int(args.max_steps if args.max_steps > 0 else rows // (self._batch()) * args.num_train_epochs)
+        # Forward, backward (twice the work) and the lower speed of training against inference.
+        texts = self._batch() * (2 + args.num_negatives)
+        step = 6 * before / max(passages, 1) * texts
+        if tests:
+            lines.append(("measure the student before training", before))
+        lines.append((f"train the student: {steps:,} steps of {self._batch()} queries", steps * step))
+        if self.options.no_teacher_baseline:
+            lines.append((f"train it without a teacher: {steps:,} steps", steps * step))
+        if tests:
+            lines.append(("measure the trained students", before * (1 + self.options.no_teacher_baseline)))
+        return lines
+
+    def _batch(self) -> int:
+        return self.args.per_device_train_batch_size * max(self.args.world_size, 1)
+
+    def show_plan(self) -> None:
+        """Prints the plan; work that is cached from an earlier run takes no time again."""
+        lines = self.plan()
+        total = sum(seconds for _, seconds in lines)
+        rows = [(text, _duration(seconds)) for text, seconds in lines]
+        print_table(
+            f"Plan: {', '.join(spec.origin for spec in self.teachers)} teaches {self.options.student} "
+            f"on {self.data.collection.name}",
+            ["step", "about"],
+            [*rows, ("in all (what an earlier run has cached is skipped)", _duration(total))],
+        )
+
+    # ---- Work ----
+    def rows(self) -> RowSet:
+        """The training rows, mined if need be, with the cached scores of cross-encoder teachers."""
+        if self.row_source is None:
+            rows = self.steps.named_rows(self.data, self.row_options.rows)
+            rows = self.steps.sample_rows(rows, self.row_options.max_queries, self.args.seed)
+        else:
+            rows = self.steps.mined_rows(
+                self.row_source,
+                self.data,
+                self.row_options,
+                self.encode,
+                index=self.encode_options.index,
+                seed=self.args.seed,
+            )
+        return rows
+
+    def prepare_teachers(self, rows: RowSet) -> tuple[RowSet, list[Teacher]]:
+        """Caches what the teachers have to say about the rows, and wraps them for the trainer."""
+        from ..retrieval import encode_table, score_rows
+        from ..teachers import CachedEmbeddings, CachedScores, LiveTeacher
+
+        encode = {**self.encode, "dtype": self.options.teacher_dtype}
+        teachers: list[Teacher] = []
+        for number, spec in enumerate(self.teachers):
+            column = "scores" if number == 0 else f"scores_{spec.name}"
+            if spec.column is not None:
+                if spec.column not in rows.score_columns:
+                    raise InputError(
+                        f"the rows have no column {spec.column!r}",
+                        where="--teacher",
+                        cure=f"Their columns of scores are: {', '.join(rows.score_columns) or 'none'}",
+                    )
+                teachers.append(
+                    CachedScores(spec.name, spec.column, rows.metadata.get("teachers", {}).get(spec.column))
+                )
+            elif self.options.teacher_mode == "live":
+                teachers.append(LiveTeacher(spec.name, spec.model))
+            elif spec.is_ranker:
+                settings = {name: value for name, value in encode.items() if name != "storage"}
+                rows = score_rows(spec.model, rows, column=column, **settings)
+                teachers.append(CachedScores(spec.name, column, {"model": spec.origin}))
+            else:
+                stores = [
+                    encode_table(spec.model, table, kind, **encode)
+                    for table, kind in ((rows.queries, "query"), (rows.corpus, "passage"))
+                ]
+                config = spec.model.config
+                similarity = "dot" if config.normalize else config.similarity
+                teachers.append(
+                    CachedEmbeddings(
+                        spec.name,
+                        *stores,
+                        similarity=similarity,
+                        temperature=config.temperature,
+                        origin={"model": spec.origin, "weights": spec.model.weights_fingerprint()},
+                    )
+                )
+        return rows, teachers
+
+    def check_teacher(self) -> str | None:
+        """Lets the teacher re-rank the student's dev candidates; says loudly if it is no better.
+
+        Returns:
+            A sentence for the card when the teacher is too weak, else None.
+        """
+        from ..evaluation import evaluate_run
+        from ..retrieval import rerank, search
+
+        spec = self.teachers[0]
+        split = self.data.eval or self.data.test
+        if spec.model is None or split is None:
+            return None
+        collection, depth, measure = self.data.collection, min(self.args.eval_depth, 30), "nDCG@10"
+        queries = collection.qrels[split].query_positions()[:300]
+        qrels = collection.qrels[split].subset(queries).as_dict(collection.queries, collection.corpus)
+        candidates = search(self.student, collection, queries, depth, **self.encode)
+        settings = {name: value for name, value in self.encode.items() if name != "storage"}
+        reranked = rerank(spec.model, candidates, collection, **settings)
+        values = [
+            evaluate_run(qrels, run.as_dict(collection.queries, collection.corpus), [measure]).means[measure]
+            for run in (candidates, reranked)
+        ]
+        logger.info(
+            "check: on the student's own candidates (%s, %d queries, depth %d) %s is %.4f in the student's order and "
+            "%.4f in the teacher's.", split, len(queries), depth, measure, *values,
+        )  # fmt: skip
+        if values[1] > values[0]:
+            return None
+        sentence = (
+            f"Teacher too weak: re-ranking the student's candidates on {split}, the teacher reaches {measure} "
+            f"{values[1]:.4f}, the untrained student's own order {values[0]:.4f}. "
+            "What follows is no evidence about the method."
+        )
+        logger.warning("%s", sentence)
+        return sentence
+
+    def train(self, rows: RowSet, teachers: list[Teacher]) -> DistillTrainer:
+        """Trains the student."""
+        from ..trainers import DistillTrainer
+
+        trainer = DistillTrainer(
+            self.student,
+            self.args,
+            teachers=teachers,
+            rows=rows,
+            evaluation=self.steps.evaluation_for(self.data, self.args, self.student),
+        )
+        self.steps.finish_training(trainer)
+        return trainer
+
+    def train_without_teacher(self, rows: RowSet, start: RetrievalModel) -> RetrievalTrainer:
+        """The same start, rows and steps with the contrastive loss alone."""
+        from ..trainers import RetrievalTrainer
+
+        args = replace(self.args, output_dir=str(self.folder / "no_teacher"), losses=None)
+        trainer = RetrievalTrainer(
+            start, args, rows=rows, evaluation=self.steps.evaluation_for(self.data, args, start)
+        )
+        self.steps.finish_training(trainer)
+        return trainer
+
+    def run(self) -> None:
+        """Takes all steps; each leaves its result on disk, so that a second call goes on where the first was cut."""
+        self.show_plan()
+        if self.options.plan_only:
+            return
+        self.steps.claim_output(self.folder, self.settings)
+        rows, teachers = self.prepare_teachers(self.rows())
+        weak = self.check_teacher()
+        self.report.bm25()
+        for spec in self.teachers:
+            if spec.model is not None:
+                self.report.model(spec.name, spec.model)
+        self.report.model("student_before", self.student)
+        start = copy.deepcopy(self.student) if self.options.no_teacher_baseline else None
+        trainer = self.train(rows, teachers)
+        if start is not None and rows.num_positives.any():
+            self.train_without_teacher(rows, start)
+            self.report.model("student_no_teacher", start)
+        self.report.model("student", self.student)
+        self.report.finish(
+            trainer,
+            rows,
+            system="student",
+            summary=self._summary(),
+            settings=self.settings,
+            base_models=[
+                self.options.student if not self.options.student.startswith("layers:") else self.teachers[0].origin
+            ],
+            teachers=[teacher.describe() for teacher in teachers],
+            reading=weak or self._reading(),
+        )
+
+    def _summary(self) -> str:
+        teachers = " and ".join(f"`{spec.origin}`" for spec in self.teachers)
+        return (
+            f"A small retriever (`{self.options.student}`) distilled from {teachers} on *{self.data.collection.name}*."
+        )
+
+    def _reading(self) -> str:
+        results, measure = self.report.results, self.report.measures[0]
+        if not {"student", "student_no_teacher"} <= set(results):
+            return ""
+        gain = results["student"][measure] - results["student_no_teacher"][measure]
+        return (
+            f"`student_no_teacher` had the same start, rows and steps, and no teacher: what distillation brought is "
+            f"the difference to it, {gain:+.4f} {measure} in this run (one seed)."
+        )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return "< 1 s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def run(
+    data_options: DataOptions,
+    options: StudentOptions,
+    row_options: RowOptions,
+    model_options: ModelOptions,
+    encode_options: EncodeOptions,
+    args: Any,
+) -> None:
+    """Distils, evaluates, and writes the native student with its card."""
+    require(data_options, "distill", data="the collection, a folder or Hub id")
+    require(options, "distill", teacher="a Hub id or folder", student="layers:3, or a Hub id or folder")
+    require(args, "distill", output_dir="where the student goes")
+    Distillation(data_options, options, row_options, model_options, encode_options, args).run()
+
+
+VERB = Verb(
+    "distill",
+    "Train a small student from a strong teacher: mines, scores, trains and evaluates what is missing.",
+    (DataOptions, StudentOptions, RowOptions, ModelOptions, EncodeOptions),
+    run,
+    _arguments,
+    "hf-distill distill --teacher sentence-transformers/all-MiniLM-L6-v2 --student layers:3 --data BeIR/scifact "
+    "--output_dir outputs/student",
+)

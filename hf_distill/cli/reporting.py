@@ -1,0 +1,242 @@
+"""What a run leaves beside the model: figures of every system, plots, card and manifest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..console import get_logger, is_main_process
+from ..data import RowSet, Run
+from ..files import write_json
+from .steps import Data
+
+
+if TYPE_CHECKING:
+    from ..models.base import RetrievalModel
+    from ..trainers.base import BaseTrainer
+
+logger = get_logger(__name__)
+
+_SPEED_SAMPLE = 256
+
+
+class Report:
+    """Measures systems on the test split and writes about them.
+
+    Args:
+        folder: The output folder.
+        data: The opened collection.
+        encode: Keyword arguments of encoding.
+        measures: Comma-separated measures.
+        depth: Passages retrieved for a query; what a cross-encoder re-ranks.
+        index: `"Flat"` or a FAISS factory string.
+        relevance: The lowest relevant grade.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        data: Data,
+        encode: Mapping[str, Any],
+        *,
+        measures: str = "nDCG@10,RR@10,R@100",
+        depth: int = 100,
+        index: str = "Flat",
+        relevance: int = 1,
+    ):
+        self.folder, self.data, self.encode = Path(folder), data, dict(encode)
+        self.measures = [name.strip() for name in measures.split(",")]
+        self.depth, self.index, self.relevance = depth, index, relevance
+        self.results: dict[str, dict[str, Any]] = {}
+        self._bm25: Run | None = None
+
+    @property
+    def dataset(self) -> str:
+        """The key of the results in `metrics.json`."""
+        return f"{self.data.collection.name}/{self.data.test}"
+
+    @property
+    def queries(self) -> np.ndarray:
+        """Positions of the test queries."""
+        return self.data.collection.qrels[self.data.test].query_positions(self.relevance)
+
+    def bm25_run(self) -> Run:
+        """BM25's results for the test queries."""
+        if self._bm25 is None:
+            from ..retrieval import bm25_search
+
+            self._bm25 = bm25_search(self.data.collection, self.queries, self.depth)
+        return self._bm25
+
+    def bm25(self) -> None:
+        """Measures BM25."""
+        if self.data.test is not None:
+            self.run("bm25", self.bm25_run())
+
+    def model(self, name: str, model: RetrievalModel, rerank: Run | None = None) -> None:
+        """Measures a model: a bi-encoder searches, a cross-encoder re-ranks `rerank` (by default BM25's results)."""
+        if self.data.test is None:
+            return
+        from ..models import CrossEncoderRanker
+        from ..retrieval import rerank as rerank_run
+        from ..retrieval import search
+
+        if isinstance(model, CrossEncoderRanker):
+            candidates = (rerank if rerank is not None else self.bm25_run()).cut(self.depth)
+            run = rerank_run(model, candidates, self.data.collection, **self._score_settings())
+            figures = model_figures(model)
+        else:
+            run = search(model, self.data.collection, self.queries, self.depth, factory=self.index, **self.encode)
+            figures = {**model_figures(model), "passages_per_second": self.speed(model)}
+            width = {"float16": 2}.get(self.encode.get("storage", ""), 4)
+            figures["index_bytes"] = len(self.data.collection.corpus) * model.embedding_dim * width
+        self.run(name, run, figures)
+
+    def _score_settings(self) -> dict[str, Any]:
+        return {name: value for name, value in self.encode.items() if name != "storage"}
+
+    def speed(self, model: RetrievalModel) -> float:
+        """Passages encoded a second on this machine: a fixed sample of the corpus, best of two passes."""
+        from ..retrieval import encode_texts
+
+        corpus = self.data.collection.corpus
+        sample = np.random.default_rng(0).permutation(len(corpus))[:_SPEED_SAMPLE]
+        texts = corpus.texts(np.sort(sample), model.config.template)
+        settings = {name: self.encode[name] for name in ("dtype", "token_budget") if name in self.encode}
+        seconds = []
+        for _ in range(2):
+            start = time.perf_counter()
+            encode_texts(model, texts, "passage", **settings)
+            seconds.append(time.perf_counter() - start)
+        return len(texts) / min(seconds)
+
+    def run(self, name: str, run: Run, figures: Mapping[str, Any] | None = None) -> None:
+        """Measures a run under the name of a system."""
+        from ..evaluation import evaluate_system
+
+        result = evaluate_system(
+            name,
+            run,
+            self.data.collection,
+            self.data.test,
+            self.folder,
+            measures=self.measures,
+            relevance_threshold=self.relevance,
+            figures=figures,
+        )
+        self.results[name] = {**result.means, **(figures or {})}
+        shown = ", ".join(f"{measure} {result.means[measure]:.4f}" for measure in self.measures)
+        logger.info("%s on %s: %s", name, self.dataset, shown)
+
+    def show(self) -> None:
+        """Prints the table and draws the plots."""
+        if not is_main_process() or not self.results:
+            return
+        from ..evaluation import plot_report, print_summary
+
+        print_summary({self.dataset: self.results}, self.measures)
+        history = self.folder / "history.json"
+        from ..files import read_json
+
+        plot_report(
+            self.folder, measure=self.measures[0], log_history=read_json(history) if history.is_file() else None
+        )
+
+    def finish(
+        self,
+        trainer: BaseTrainer,
+        rows: RowSet,
+        *,
+        system: str,
+        summary: str,
+        settings: Mapping[str, Any],
+        base_models: Sequence[str],
+        teachers: Sequence[Mapping[str, Any]] = (),
+        reading: str = "",
+    ) -> None:
+        """Writes plots, manifest and card of a training run, and prints the table."""
+        self.show()
+        if not is_main_process():
+            return
+        from ..evaluation import markdown_table
+        from ..hub.cards import bibtex, write_model_card
+        from ..hub.manifest import run_manifest
+        from ..models import CrossEncoderRanker
+
+        collection = self.data.collection
+        manifest = run_manifest(
+            settings=settings,
+            data={
+                "collection": collection.name,
+                "source": collection.source,
+                "revision": collection.revision,
+                "fingerprint": collection.fingerprint,
+                "rows": {"number": len(rows), "fingerprint": rows.fingerprint, "provenance": rows.metadata},
+            },
+            models={
+                "start": list(base_models),
+                "student": {
+                    "weights": trainer.accelerator.unwrap_model(trainer.model).weights_fingerprint(),
+                    **model_figures(trainer.model),
+                },
+                "teachers": list(teachers),
+            },
+            seeds={"seed": trainer.args.seed, "data_seed": trainer.args.data_seed},
+            training={
+                "steps": trainer.state.global_step,
+                "epochs": trainer.state.epoch,
+                "best_checkpoint": trainer.state.best_model_checkpoint,
+                "losses": {label: term.__dict__ for label, term in trainer.terms.items()},
+            },
+            metrics={self.dataset: self.results} if self.results else {},
+        )
+        write_json(self.folder / "run_manifest.json", manifest)
+        measured = self.results.get(system, {})
+        terms = ", ".join(
+            f"{label} (weight {term.weight:g}, {term.candidates.replace('_', '-')} candidates)"
+            for label, term in trainer.terms.items()
+        )
+        batch = trainer.args.per_device_train_batch_size * trainer.args.world_size
+        training = "\n".join(
+            [
+                f"- {len(rows):,} rows of *{collection.name}*, split `{self.data.train}`",
+                *(f"- Teacher: {teacher.get('model') or teacher.get('column') or teacher}" for teacher in teachers),
+                f"- Losses: {terms}",
+                f"- {trainer.state.global_step:,} steps of {batch} queries with {1 + trainer.args.num_negatives} "
+                f"passages each, learning rate {trainer.args.learning_rate:g}, seed {trainer.args.seed}",
+                "- Everything else, versions and hardware included: `run_manifest.json`",
+            ]
+        )
+        write_model_card(
+            self.folder,
+            title=self.folder.name,
+            summary=summary,
+            kind="cross_encoder" if isinstance(trainer.model, CrossEncoderRanker) else "dense",
+            results=f"On `{self.dataset}`:\n\n{markdown_table(self.results, self.measures)}"
+            if measured
+            else "Nothing.",
+            reading=reading,
+            training=training,
+            base_models=[*base_models, *(str(teacher["model"]) for teacher in teachers if teacher.get("model"))],
+            datasets=[collection.source],
+            tags=trainer._tags,
+            measured={name: measured[name] for name in self.measures if name in measured},
+            collection=collection.name,
+            split=self.data.test,
+            citation=bibtex(trainer._paper),
+        )
+
+
+def model_figures(model: RetrievalModel) -> dict[str, int]:
+    """Layers and parameters of a model as it is served."""
+    from ..models.student import layer_list
+
+    served = [tower for tower in model.towers.values()]
+    return {
+        "layers": len(layer_list(served[0])[1]),
+        "parameters": sum(parameter.numel() for tower in served for parameter in tower.parameters()),
+    }
