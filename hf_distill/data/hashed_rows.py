@@ -79,7 +79,7 @@ def read_hashes(blocks: Iterator[Block], layout: ColumnLayout, where: str) -> Ha
     total = 0
     for block in blocks:
         starts.append(total)
-        origins.append(Block({}, block.where, block.first, block.unit))
+        origins.append(block.origin())
         total += len(block)
         texts, lists = _block_texts(block, layout)
         queries.append(_hashes(texts))

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import zlib
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,19 +37,26 @@ class Block:
         where: The file or data set, for messages.
         first: The number of the first row in its file, from 1.
         unit: `"line"` for text files, else `"row"`.
+        lines: The rows' line numbers, where they do not simply count on from `first`.
     """
 
     columns: dict[str, Sequence[Any]]
     where: str
     first: int
     unit: str
+    lines: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()))) if self.columns else 0
 
     def place(self, index: int) -> str:
         """`"corpus.jsonl.gz, line 17"` for the row `index` of this block."""
-        return f"{self.where}, {self.unit} {self.first + index}"
+        number = self.first + index if self.lines is None else self.lines[index]
+        return f"{self.where}, {self.unit} {number}"
+
+    def origin(self) -> Block:
+        """The block without its columns: what `place` needs."""
+        return Block({}, self.where, self.first, self.unit, self.lines)
 
 
 def file_kind(path: str | Path) -> str | None:
@@ -120,19 +128,17 @@ def read_lines(path: str | Path, *, blank: bool = False) -> Iterator[tuple[int, 
 
 def _json_blocks(path: Path) -> Iterator[Block]:
     records: list[dict] = []
-    first, size = 1, 0
+    lines: list[int] = []
+    size = 0
 
     def flush() -> Block:
         names = dict.fromkeys(name for record in records for name in record)
-        return Block({name: [record.get(name) for record in records] for name in names}, str(path), first, "line")
+        return _line_block({name: [record.get(name) for record in records] for name in names}, path, lines)
 
     for number, line in read_lines(path):
-        # A blank line breaks the run of line numbers, and with it the block.
-        if records and (
-            number != first + len(records) or len(records) >= BLOCK_ROWS or size + len(line) > BLOCK_CHARACTERS
-        ):
+        if records and (len(records) >= BLOCK_ROWS or size + len(line) > BLOCK_CHARACTERS):
             yield flush()
-            records, size = [], 0
+            records, lines, size = [], [], 0
         try:
             record = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
@@ -150,9 +156,8 @@ def _json_blocks(path: Path) -> Iterator[Block]:
                 where=f"{path}, line {number}",
                 cure='Every line must be one JSON object such as {"_id": ..., "text": ...}',
             )
-        if not records:
-            first = number
         records.append(record)
+        lines.append(number)
         size += len(line)
     if records:
         yield flush()
@@ -161,31 +166,37 @@ def _json_blocks(path: Path) -> Iterator[Block]:
 def _separated_blocks(path: Path, separator: str) -> Iterator[Block]:
     header: list[str] | None = None
     rows: list[list[str]] = []
-    first = 1
+    lines: list[int] = []
 
     def flush() -> Block:
-        return Block({name: list(column) for name, column in zip(header, zip(*rows))}, str(path), first, "line")
+        return _line_block({name: list(column) for name, column in zip(header, zip(*rows))}, path, lines)
 
     for number, cells in _cells(path, separator):
         if header is None:
             header = [cell.strip() for cell in cells]
             continue
         if len(cells) != len(header):
+            line = separator.join(cells)
             raise InputError(
-                f"{len(cells)} fields where the header has {len(header)} ({', '.join(header)}): {separator.join(cells)[:80]!r}",
+                f"{len(cells)} fields where the header has {len(header)} ({', '.join(header)}): {line[:80]!r}",
                 where=f"{path}, line {number}",
                 cure="Every line must have the header's fields, separated by "
                 + ("tabs" if separator == "\t" else "commas"),
             )
-        if rows and (number != first + len(rows) or len(rows) >= BLOCK_ROWS):
+        if len(rows) >= BLOCK_ROWS:
             yield flush()
-            rows = []
-        if not rows:
-            first = number
+            rows, lines = [], []
         rows.append(cells)
+        lines.append(number)
     if header is None:
         raise InputError("the file is empty", where=str(path), cure="It needs a header line and at least one row")
     yield flush() if rows else Block({name: [] for name in header}, str(path), 2, "line")
+
+
+def _line_block(columns: dict[str, list[Any]], path: Path, lines: list[int]) -> Block:
+    # Blank lines and fields with line breaks leave gaps between the numbers.
+    gaps = lines[-1] - lines[0] != len(lines) - 1
+    return Block(columns, str(path), lines[0], "line", array("q", lines) if gaps else None)
 
 
 def _cells(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:

@@ -149,7 +149,7 @@ class TextTable:
                 table = cls._clean(block)
                 content.update(table)
                 starts.append(total)
-                origins.append(Block({}, block.where, block.first, block.unit))
+                origins.append(block.origin())
                 total += table.num_rows
                 yield table
 
