@@ -46,7 +46,7 @@ def find_model(name: str | os.PathLike, revision: str | None = None) -> ModelSou
     """
     text = os.fspath(name)
     folder = Path(text).expanduser()
-    if folder.is_dir():
+    if text and folder.is_dir():
         return ModelSource(text, folder)
     if folder.is_file() or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text or not text:
         raise InputError(

@@ -17,6 +17,8 @@ from .dense import DenseRetriever
 from .loading import quiet_transformers
 
 
+# Settings that can change on a model that is open already.
+_READING = ("query_prompt", "passage_prompt", "template", "temperature")
 _CHOICES = ("first", "last", "even")
 
 
@@ -53,6 +55,12 @@ def student_from(
         for tower in model.towers.values():
             freeze_unused(tower)
         for key, value in overrides.items():
+            if key not in _READING or not hasattr(model.config, key):
+                raise InputError(
+                    f"{key} cannot be set on layers of an opened model",
+                    where=f"student {spec!r}",
+                    cure=f"Give the teacher's id or folder, or set only: {', '.join(_READING)}",
+                )
             if value is not None:
                 setattr(model.config, key, value)
     else:
