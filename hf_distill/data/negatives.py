@@ -6,19 +6,19 @@ eight, with or without loader workers, and after a resume in the middle of an ep
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
+from hf_distill.data.lists import list_offsets
+from hf_distill.data.schema import SOURCES
 from hf_distill.errors import InputError
 
 
 if TYPE_CHECKING:
-    import datasets
     import pyarrow as pa
 
     from hf_distill.data.qrels import PositiveIndex
@@ -59,76 +59,6 @@ def random_stream(seed: int, epoch: int, row: int, purpose: int = _ROW_STREAM) -
     """
     key = np.array([seed % 2**64, epoch], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, row, purpose], np.uint64)))
-
-
-class ListColumn:
-    """A list column of a `datasets.Dataset`, read through NumPy views of its Arrow buffers.
-
-    `dataset[i][name]` turns a row of 180 candidates into Python objects first; a slice of the memory-mapped values is
-    a hundred times faster and copies nothing. Views are opened again in every process (they are not pickled).
-    """
-
-    def __init__(self, dataset: datasets.Dataset, name: str):
-        self.dataset, self.name = dataset, name
-        self._open()
-
-    def _open(self) -> None:
-        import pyarrow as pa
-
-        self.chunks = [chunk for chunk in self.dataset.data.column(self.name).chunks if len(chunk)]
-        self.starts = np.cumsum([0] + [len(chunk) for chunk in self.chunks]).tolist()
-        self.offsets, self.values = [], []
-        for chunk in self.chunks:
-            if pa.types.is_fixed_size_list(chunk.type):
-                size = chunk.type.list_size
-                self.offsets.append((np.arange(len(chunk) + 1) + chunk.offset) * size)
-            else:
-                self.offsets.append(chunk.offsets.to_numpy())
-            values = chunk.values
-            self.values.append(values.to_numpy(zero_copy_only=False) if _is_number(values.type) else values)
-        self.indices = _row_indices(self.dataset)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"dataset": self.dataset, "name": self.name}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open()
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, row: int) -> np.ndarray | pa.Array:
-        """The list of one row: a NumPy view for numbers, an Arrow slice for strings."""
-        if self.indices is not None:
-            row = int(self.indices[row])
-        chunk = bisect_right(self.starts, row) - 1
-        row -= self.starts[chunk]
-        offsets = self.offsets[chunk]
-        return self.values[chunk][offsets[row] : offsets[row + 1]]
-
-    def lengths(self) -> np.ndarray:
-        """`int64[rows]`, the number of elements of every row."""
-        found = np.concatenate([np.diff(offsets) for offsets in self.offsets] or [np.zeros(0)]).astype(np.int64)
-        return found if self.indices is None else found[self.indices]
-
-    def count(self, wanted: Collection[str], skip: np.ndarray) -> np.ndarray:
-        """`int64[rows]`, how many strings of every row, its first `skip[row]` left out, are among `wanted`."""
-        import pyarrow.compute as pc
-
-        value_set = _string_array(wanted)
-        skipped = np.zeros(self.starts[-1], np.int64)
-        skipped[slice(None) if self.indices is None else self.indices] = skip
-        found = np.zeros(self.starts[-1], np.int64)
-        for first_row, offsets, values in zip(self.starts, self.offsets, self.values):
-            for start in range(0, len(offsets) - 1, _BLOCK_ROWS):
-                bounds = offsets[start : start + _BLOCK_ROWS + 1].astype(np.int64)
-                hits = pc.is_in(values[bounds[0] : bounds[-1]], value_set=value_set).to_numpy(zero_copy_only=False)
-                before = np.concatenate([[0], np.cumsum(hits)])
-                rows = slice(first_row + start, first_row + start + len(bounds) - 1)
-                begin = np.minimum(bounds[:-1] + skipped[rows], bounds[1:])
-                found[rows] = before[bounds[1:] - bounds[0]] - before[begin - bounds[0]]
-        return found if self.indices is None else found[self.indices]
 
 
 class TrainingRows(torch.utils.data.Dataset):
@@ -175,29 +105,26 @@ class TrainingRows(torch.utils.data.Dataset):
             positive,
             seed,
         )
-        self.positives = positives
-        dataset = rows.dataset
-        self._query = _flat_column(dataset, "query")
-        self._num_positives = _flat_column(dataset, "num_positives")
-        self._documents = ListColumn(dataset, "documents")
-        self._scores = {name: ListColumn(dataset, _existing(dataset, name)) for name in score_columns}
-        self._sources, self._weights = self._read_sources(sources)
-        self._source_names = _string_array(self._weights)
-        self._shares = np.array(list(self._weights.values()))
+        self.positives, self.score_columns = positives, tuple(score_columns)
+        for column in self.score_columns:
+            _check_column(rows, column)
+        self._query, self._num_positives = rows.query, rows.num_positives
+        self._weights = None if sources is None else self._read_sources(sources)
         self._check_pools()
 
-    def _read_sources(self, weights: Mapping[str, float] | None) -> tuple[ListColumn | None, dict[str, float]]:
-        if weights is None:
-            return None, {}
-        dataset = self.rows.dataset
-        if "sources" not in dataset.column_names:
-            raise InputError(
-                "the row set does not say where its candidates come from",
-                where="sources",
-                cure="Leave the option out, or mine with a source name",
-            )
-        column = ListColumn(dataset, "sources")
-        known = set().union(*(chunk.values.unique().to_pylist() for chunk in column.chunks)) - {None}
+    def __getstate__(self) -> dict[str, Any]:
+        # The flat columns are views of the row set's memory map; a worker opens its own.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_query", "_num_positives")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._query, self._num_positives = self.rows.query, self.rows.num_positives
+
+    def _read_sources(self, weights: Mapping[str, float]) -> dict[str, float]:
+        _check_column(self.rows, SOURCES)
+        known = set().union(
+            *(names.flatten().unique().to_pylist() for names in self.rows.table.column(SOURCES).chunks)
+        )
         for name, weight in weights.items():
             if name not in known:
                 cure = f"The row set has {', '.join(sorted(map(repr, known)))}"
@@ -213,24 +140,37 @@ class TrainingRows(torch.utils.data.Dataset):
                 where="sources",
                 cure="Use sampling 'random', or give every source that takes part the weight 1",
             )
-        return column, kept
+        return kept
 
     def _pool_sizes(self) -> np.ndarray:
         """`int64[rows]`, from how many documents the negatives of a row can be drawn."""
-        if self._sources is None:
-            return self._documents.lengths() - self._num_positives
-        return self._sources.count(set(self._weights), self._num_positives)
+        if self._weights is None:
+            return self.rows.lengths - self._num_positives
+        sizes, start = np.zeros(len(self), np.int64), 0
+        for block in self.rows.blocks(_BLOCK_ROWS):
+            for names in block.column(SOURCES).chunks:
+                sizes[start : start + len(names)] = self._allowed(names, self._num_positives[start:])
+                start += len(names)
+        return sizes
+
+    def _allowed(self, names: pa.ListArray, num_positives: np.ndarray) -> np.ndarray:
+        """How many negatives of every row of a chunk have a source that is drawn from."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        bounds = list_offsets(names).astype(np.int64)
+        hits = pc.is_in(names.flatten(), value_set=pa.array(list(self._weights), pa.string()))
+        before = np.concatenate([[0], np.cumsum(hits.to_numpy(zero_copy_only=False))])
+        first = np.minimum(bounds[:-1] + num_positives[: len(names)], bounds[1:])
+        return before[bounds[1:]] - before[first]
 
     def _check_pools(self) -> None:
-        too_many = np.flatnonzero(self._num_positives > self._documents.lengths())
-        if len(too_many):
-            raise InputError("num_positives is larger than the list of documents", where=f"row {too_many[0]}")
         wanted = self.num_negatives + (self._num_positives == 0)
         empty = np.flatnonzero((wanted > 0) & (self._pool_sizes() == 0))
         if not len(empty):
             return
         query = self.rows.queries.ids_at([int(self._query[empty[0]])])[0]
-        among = "" if self._sources is None else f" from {', '.join(map(repr, self._weights))}"
+        among = "" if self._weights is None else f" from {', '.join(map(repr, self._weights))}"
         raise InputError(
             f"{len(empty)} of {len(self)} rows have no candidates{among} to draw {self.num_negatives} negatives from,"
             f" for example query {query!r}",
@@ -251,7 +191,7 @@ class TrainingRows(torch.utils.data.Dataset):
 
     def __getitem__(self, key: RowKey) -> Example:
         row, epoch = key
-        documents = self._documents[row]
+        documents = self.rows.documents_at(row)
         num_positives = int(self._num_positives[row])
         labelled = num_positives > 0
         stream = None
@@ -268,7 +208,7 @@ class TrainingRows(torch.utils.data.Dataset):
             documents=documents[places],
             target=0 if labelled else -1,
             positives=self._known_positives(row),
-            scores={name: column[row][places] for name, column in self._scores.items()},
+            scores={name: self.rows.values_at(name, row)[places] for name in self.score_columns},
         )
 
     def _draw(self, row: int, start: int, stop: int, count: int, stream: np.random.Generator | None) -> np.ndarray:
@@ -288,17 +228,17 @@ class TrainingRows(torch.utils.data.Dataset):
 
     def _document_weights(self, row: int, start: int) -> np.ndarray | None:
         """Weight of every document of the pool: its source's share divided by the source's documents in the pool."""
-        if self._sources is None:
+        if self._weights is None:
             return None
-        import pyarrow.compute as pc
-
-        names = self._sources[row][start:]
-        kinds = pc.fill_null(pc.index_in(names, value_set=self._source_names), -1).to_numpy(zero_copy_only=False)
-        present = np.bincount(kinds + 1, minlength=len(self._shares) + 1)[1:]
-        return np.append(self._shares / np.maximum(present, 1), 0.0)[kinds]
+        names = self.rows.values_at(SOURCES, row)[start:]
+        weights = np.zeros(len(names))
+        for name, weight in self._weights.items():
+            here = names == name
+            weights[here] = weight / max(int(here.sum()), 1)
+        return weights
 
     def _known_positives(self, row: int) -> np.ndarray:
-        own = self._documents[row][: self._num_positives[row]]
+        own = self.rows.documents_at(row)[: self._num_positives[row]]
         if self.positives is None:
             return np.asarray(own, np.int64)
         known = self.positives.of(int(self._query[row]))
@@ -343,35 +283,10 @@ def _smallest(keys: np.ndarray, count: int) -> np.ndarray:
     return np.argsort(keys, kind="stable")[:count]
 
 
-def _row_indices(dataset: datasets.Dataset) -> np.ndarray | None:
-    """Where the rows of a selected or shuffled dataset lie in its table; `None` when in their own order."""
-    indices = dataset._indices
-    return None if indices is None else indices.column(0).to_numpy().astype(np.int64)
-
-
-def _flat_column(dataset: datasets.Dataset, name: str) -> np.ndarray:
-    values = dataset.data.column(_existing(dataset, name)).to_numpy().astype(np.int64)
-    indices = _row_indices(dataset)
-    return values if indices is None else values[indices]
-
-
-def _existing(dataset: datasets.Dataset, name: str) -> str:
-    if name not in dataset.column_names:
-        has = ", ".join(map(repr, dataset.column_names))
-        raise InputError(f"the row set has no column {name!r}", where="row set", cure=f"It has {has}")
-    return name
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
-
-
-def _string_array(values: Collection[str]) -> pa.Array:
-    import pyarrow as pa
-
-    return pa.array(list(values), pa.string())
+def _check_column(rows: RowSet, name: str) -> None:
+    if name not in rows.columns:
+        has = ", ".join(map(repr, rows.columns)) or "none"
+        raise InputError(f"the row set has no column {name!r}", where="row set", cure=f"Its columns are: {has}")
 
 
 def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:
