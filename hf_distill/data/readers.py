@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import io
 import json
 import zlib
 from array import array
@@ -103,7 +102,7 @@ def read_lines(path: str | Path, *, blank: bool = False) -> Iterator[tuple[int, 
             compressed = plain.read(2) == b"\x1f\x8b"
             plain.seek(0)
             stream = gzip.GzipFile(fileobj=plain) if compressed else plain
-            for number, line in enumerate(io.BufferedReader(stream, 2**20) if compressed else stream, start=1):
+            for number, line in enumerate(stream, start=1):
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
