@@ -216,7 +216,8 @@ class RetrievalCollator:
             features, segments = processor.pairs(
                 [query_texts[i] for i in np.repeat(query_index, per_query)], [passage_texts[i] for i in passage_index]
             )
-            return {"pair": token_batch(features, num_chunks=self.num_chunks["pair"], token_type_ids=segments, **shape)}
+            shape["num_chunks"] = self.num_chunks["pair"]
+            return {"pair": token_batch(features, token_type_ids=segments, **shape)}
         return {
             "query": token_batch(processor.queries(query_texts), num_chunks=self.num_chunks["query"], **shape),
             "passage": token_batch(processor.passages(passage_texts), num_chunks=self.num_chunks["passage"], **shape),

@@ -305,11 +305,11 @@ in one split as a whole. Test modules: {held_out}.
 ## How it was made
 
 `build_demo_collection(num_passages={num_passages}, seed={seed})` found {found:,} docstrings with a summary and a body.
-Markup, doctests, code blocks, references and lists of other functions were removed. Left out were: summaries under 4
-or over 30 words, with fewer than 3 words of content, or that only restate the name; bodies under 10 words or that repeat
-the summary; summaries that three or more docstrings share; copies and near copies (by word 4-grams, the words of the
-name aside). A package has at most {_LARGEST_SHARE:.0%} of the passages while others have some left. A passage is cut
-after {_MOST_WORDS} words.
+Markup, doctests, code blocks, references and lists of other functions were removed. Left out were: summaries under
+4 or over 30 words, with fewer than 3 words of content, or that only restate the name; bodies under 10 words or
+that repeat the summary; summaries that three or more docstrings share; copies and near copies (by word 4-grams,
+the words of the name aside). A package has at most {_LARGEST_SHARE:.0%} of the passages while others have some
+left. A passage is cut after {_MOST_WORDS} words.
 
 Mind what follows from this: queries are written by the author of the passage, so they share its vocabulary; and a
 query can have other good answers than its own docstring, which count as wrong.
