@@ -93,7 +93,7 @@ class Report:
             run = search(model, self.data.collection, self.queries, self.depth, factory=self.index, **self.encode)
             figures = {**model_figures(model), "passages_per_second": self.speed(model)}
             width = {"float16": 2}.get(self.encode.get("storage", ""), 4)
-            figures["index_bytes"] = len(self.data.collection.corpus) * model.embedding_dim * width
+            figures["index_bytes"] = len(self.data.collection.corpus) * model.embedding_size * width
         self.run(name, run, figures)
 
     def _score_settings(self) -> dict[str, Any]:

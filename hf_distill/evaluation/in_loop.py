@@ -12,9 +12,6 @@ from ..data.run import Run
 from ..distributed import rank, world_size
 from ..models.base import RetrievalModel
 from ..models.cross_encoder import CrossEncoderRanker
-from ..retrieval.encode import encode_texts
-from ..retrieval.index import Index
-from ..retrieval.score import rerank
 from .measures import evaluate_run
 
 
@@ -83,9 +80,13 @@ class RetrievalEvaluation:
         return {name: result.means[name] for name in self.measures}
 
     def _rerank(self, model: CrossEncoderRanker) -> Run:
+        from ..retrieval.score import rerank
+
         return rerank(model, self.candidates, self.collection)
 
     def _search(self, model: RetrievalModel) -> Run:
+        from ..retrieval.index import Index
+
         template = model.config.template
         queries = self._encode(model, self.collection.queries.texts(self.queries), "query")
         passages = self._encode(model, self.collection.corpus.texts(self.documents, template), "passage")
@@ -94,6 +95,8 @@ class RetrievalEvaluation:
 
     @staticmethod
     def _encode(model: RetrievalModel, texts: list[str], kind: str) -> np.ndarray:
+        from ..retrieval.encode import encode_texts
+
         if world_size() == 1:
             return encode_texts(model, texts, kind)
         from accelerate.utils import gather_object

@@ -26,7 +26,7 @@ class Teacher(ABC):
     processor: Any = None
     score_column: str | None = None
     stores: tuple[Any, Any] | None = None
-    embedding_dim: int | None = None
+    embedding_size: int | None = None
 
     def __init__(self, name: str):
         self.name = name

@@ -62,7 +62,7 @@ class CachedEmbeddings(Teacher):
     ):
         super().__init__(name)
         self.stores, self.similarity, self.temperature = (queries, passages), similarity, temperature
-        self.embedding_dim = queries.dim
+        self.embedding_size = queries.dim
         self.origin = dict(origin or {})
 
     def embeddings(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,7 +30,7 @@ class LiveTeacher(Teacher):
         self._output: Any = None
         if not self.is_ranker:
             self.candidate_sets = CANDIDATES
-            self.embedding_dim = model.embedding_dim
+            self.embedding_size = model.embedding_size
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)

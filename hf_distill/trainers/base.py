@@ -237,7 +237,7 @@ class BaseTrainer(Trainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        self.accelerator.unwrap_model(model if model is not None else self.model).load_weights(
+        self.accelerator.unwrap_model(model if model is not None else self.model).load_checkpoint(
             resume_from_checkpoint
         )
 

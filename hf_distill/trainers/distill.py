@@ -105,10 +105,10 @@ class DistillTrainer(RetrievalTrainer):
             if term.loss.inputs != "embeddings":
                 continue
             teacher = self.teacher_of(term)
-            if teacher.embedding_dim is None:
+            if teacher.embedding_size is None:
                 teacher.embeddings({})
-            if teacher.embedding_dim != model.embedding_dim:
-                model.add_projection(teacher.name, teacher.embedding_dim)
+            if teacher.embedding_size != model.embedding_size:
+                model.add_projection(teacher.name, teacher.embedding_size)
 
     def _look_at_scores(self) -> None:
         """Warns of teachers that say nothing, and fits the temperatures that were left open."""
