@@ -124,9 +124,7 @@ def test_an_empty_pool_is_refused_before_training(sources):
 def test_a_pool_without_the_wanted_source_is_empty():
     rows = make_rows([4, 4], [1, 1], sources=lambda d: "a")
     documents = [[1, 2, 3], [4, 5, 6]]
-    rows = RowSet.from_arrays(
-        QUERIES, CORPUS, [0, 1], documents, [1, 1], sources=[["b", "a", "a"], ["b", "b", "a"]]
-    )
+    rows = RowSet.from_arrays(QUERIES, CORPUS, [0, 1], documents, [1, 1], sources=[["b", "a", "a"], ["b", "b", "a"]])
     assert TrainingRows(rows, num_negatives=1, sources={"a": 1})[1, 0].documents.tolist() == [4, 6]
     with pytest.raises(InputError, match="1 of 2 rows.*from 'b'.*'q0'"):  # its only 'b' is the positive
         TrainingRows(rows, num_negatives=1, sources={"b": 1})
