@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -97,6 +99,22 @@ def test_large_file_is_hashed_once(beir, monkeypatch):
     monkeypatch.setattr(sources, "_ALWAYS_HASHED", 10)
     (beir / "corpus.jsonl").write_text(CORPUS.replace("second", "longer text"), encoding="utf-8")
     assert load_collection(beir).corpus.texts()[1] == "longer text"
+
+
+def test_processes_that_start_together_parse_once(beir, monkeypatch):
+    parsed = []
+    read = sources.read_blocks
+
+    def slow(path):
+        parsed.append(path.name)
+        time.sleep(0.05)
+        yield from read(path)
+
+    monkeypatch.setattr(sources, "read_blocks", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: load_collection(beir).fingerprint, range(4)))
+    assert len(set(found)) == 1
+    assert sorted(parsed) == ["corpus.jsonl", "queries.jsonl", "test.tsv"]
 
 
 def test_interrupted_parse_leaves_nothing(beir):

@@ -169,7 +169,7 @@ def _layout(block: Block, columns: Sequence[str] | None) -> ColumnLayout:
         query = next((name for name in _QUERY_NAMES if name in inputs), None)
         positive = next((name for name in _POSITIVE_NAMES if name in inputs), None)
         if query and positive:
-            inputs = [query, positive, *(name for name in inputs if _NEGATIVE.match(name))]
+            inputs = [query, positive, *(name for name in names if _NEGATIVE.match(name))]
     if len(inputs) < 2 or kinds.get(inputs[0]) == "list":
         raise InputError(
             f"no query column and document column among: {', '.join(names) or 'no columns'}",
@@ -190,6 +190,8 @@ def _layout(block: Block, columns: Sequence[str] | None) -> ColumnLayout:
 def _kind(values: Any) -> str | None:
     """`"text"`, `"list"` (of texts) or `None` for a column of a block."""
     if isinstance(values, (pa.Array, pa.ChunkedArray)):
+        if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+            return "text"
         values = values.slice(0, 64).to_pylist()
     first = next((value for value in values if value is not None), None)
     if isinstance(first, str):

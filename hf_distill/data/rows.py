@@ -167,9 +167,13 @@ class RowSet:
                 not finite, more positives than documents; the message names file, row and field.
         """
         folder = Path(folder)
+        if folder.name in ("", ".."):
+            folder = folder.resolve()
         if not folder.is_dir():
             raise InputError("no such folder", where=str(folder), cure="Name the folder of a saved row set")
         source = LocalSource(folder.parent, cache_dir, only=folder.name)
+        if not source.configs():
+            raise InputError("no file to read", where=str(folder), cure="A row set lies in .parquet or .jsonl files")
         return cls.from_source(source, folder.name, queries, corpus, cache_dir=cache_dir)
 
     @classmethod

@@ -208,6 +208,8 @@ def _list_column(block: Block, name: str, kind: pa.DataType) -> pa.Array:
             values = values.combine_chunks()
         if isinstance(values, pa.Array):
             array = values.cast(pa.list_(kind))
+        elif any(isinstance(value, str) for value in values):
+            raise TypeError("Arrow would take the letters of a string as a list")
         else:
             array = pa.array(values, pa.list_(kind))
     except (pa.ArrowException, TypeError, ValueError):
@@ -231,6 +233,8 @@ def _list(block: Block, name: str, row: int, value, kind: pa.DataType):
     if name == schema.DOCUMENT_IDS and isinstance(value, list):
         value = [str(item) if isinstance(item, int) and not isinstance(item, bool) else item for item in value]
     try:
+        if isinstance(value, str):
+            raise TypeError("a string")
         return pa.array([value], pa.list_(kind)).to_pylist()[0]
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise InputError(
