@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from model_zoo import PAIRS, TEXTS, pair_scores, save_tiny, tokenizer_for, vectors
 
 from hf_distill.models import CrossEncoderRanker, DenseRetriever, load_model, student_from
+
+from .model_zoo import PAIRS, TEXTS, pair_scores, save_tiny, tokenizer_for, vectors
 
 
 FOREIGN = """
@@ -91,6 +92,7 @@ def exported(tmp_path_factory, tiny_tokenizer):
         models[family] = dense(save_tiny(sources / family, family, right), **prompts)
         source = save_tiny(sources / f"{family}-ranker", family, right, head="SequenceClassification", num_labels=1)
         models[f"{family}-ranker"] = CrossEncoderRanker.from_pretrained(source)
+    models["t5"] = dense(save_tiny(sources / "t5", "t5", right), normalize=True)
     for name in ("towers", "towers-projection", "lora-towers"):
         with torch.no_grad():
             for parameter in models[name].passage_backbone.parameters():
@@ -103,6 +105,8 @@ def exported(tmp_path_factory, tiny_tokenizer):
         model.save_pretrained(folder)
         is_dense = isinstance(model, DenseRetriever)
         subfolders = ["query_0_Transformer", "document_0_Transformer"] if "towers" in name else [""]
+        if name == "t5":
+            subfolders = []  # AutoModel would add a decoder
         cases["folders"][str(folder)] = {"kind": "dense" if is_dense else "ranker", "subfolders": subfolders}
         cases["folders"][str(folder)]["pooler"] = name != "masked-lm"
         if is_dense:
@@ -133,7 +137,7 @@ CASES = [
     *("mean", "cls", "last", "projection", "projection-plain", "towers", "towers-projection", "layers", "masked-lm"),
     *("llama-left", "qwen-right", "lora", "lora-towers", "ranker", "ranker-prompt", "ranker-new-head", "ranker-lora"),
     *("ranker-qwen", "roberta", "roberta-ranker", "distilbert", "distilbert-ranker", "modernbert"),
-    "modernbert-ranker",
+    *("modernbert-ranker", "t5"),
 ]
 
 

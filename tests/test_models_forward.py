@@ -7,11 +7,12 @@ import pickle
 
 import pytest
 import torch
-from model_zoo import PAIRS, TEXTS, batch_of, pair_scores, save_tiny, tokenizer_for, vectors
 
 from hf_distill.errors import InputError
 from hf_distill.models import CrossEncoderRanker, DenseRetriever, set_dropout, use_attention
 from hf_distill.models.dense import pool
+
+from .model_zoo import PAIRS, TEXTS, batch_of, pair_scores, save_tiny, tokenizer_for, vectors
 
 
 WORDS = ["cat", "dog", "the heart pumps blood", "a river", "seven seas and a long way home", "b", "x y z", "night"]
@@ -55,7 +56,11 @@ def test_chunks_change_nothing(bert, chunks):
 def test_the_joint_lookup_gives_the_gradients_of_separate_ones(bert, tied, monkeypatch):
     model = DenseRetriever.from_pretrained(bert, tied=tied).train()
     set_dropout(model, 0.0)
+    calls = []
+    for tower in model.towers.values():
+        tower.get_input_embeddings().register_forward_hook(lambda *_: calls.append(1))
     contrastive(model, 4).backward()
+    assert len(calls) == (1 if tied else 2)
     joint = gradients(model)
     model.zero_grad()
     monkeypatch.setattr(DenseRetriever, "_embedded", lambda self, tower, chunks: [None] * len(chunks))

@@ -8,10 +8,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from model_zoo import PAIRS, TEXTS, pair_scores, save_tiny, tokenizer_for, vectors
 
 from hf_distill.errors import InputError
 from hf_distill.models import CrossEncoderRanker, DenseRetriever, load_model
+
+from .model_zoo import PAIRS, TEXTS, pair_scores, save_tiny, tokenizer_for, vectors
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +283,13 @@ def test_archetypes_of_later_versions_are_named(tmp_path, bert, kind):
     folder = saved(tmp_path, bert)
     edit(folder / "config_sentence_transformers.json", model_type=kind)
     with pytest.raises(InputError, match=kind):
+        load_model(folder)
+
+
+def test_chat_templates_are_refused(tmp_path, bert):
+    folder = saved(tmp_path, bert)
+    edit(folder / "sentence_bert_config.json", modality_config={"text": {}, "message": {}})
+    with pytest.raises(InputError, match="chat template"):
         load_model(folder)
 
 

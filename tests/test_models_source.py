@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from model_zoo import save_tiny
 
 from hf_distill.errors import InputError
 from hf_distill.models import find_model, load_model
 from hf_distill.models.source import _wanted_files
+
+from .model_zoo import save_tiny
 
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -133,8 +134,9 @@ def test_the_packaged_minilm_gives_what_sentence_transformers_gives(tmp_path):
     import sys
 
     import numpy as np
-    from model_zoo import vectors
     from sentence_transformers import SentenceTransformer
+
+    from .model_zoo import vectors
 
     sentences = [f"Sentence {n} is about {word}. " * (1 + 4 * n) for n, word in enumerate("abcdefghijklmnopqrst")]
     model = load_model(MINILM)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from model_zoo import PAIRS, TEXTS, pair_scores, save_tiny, tokenizer_for, vectors
 
 from hf_distill.errors import InputError
 from hf_distill.models import (
@@ -17,6 +16,8 @@ from hf_distill.models import (
     reduce_layers,
     student_from,
 )
+
+from .model_zoo import PAIRS, TEXTS, pair_scores, save_tiny, tokenizer_for, vectors
 
 
 @given(st.integers(1, 60), st.integers(1, 60))

@@ -229,7 +229,8 @@ class RetrievalModel(PreTrainedModel):
                 "stage3_gather_16bit_weights_on_model_save in the DeepSpeed configuration",
             )
         self._export(folder, state)
-        private = {name: tensor for name, tensor in state.items() if self._is_private(name)}
+        kept_apart = self._kept_apart()
+        private = {name: tensor for name, tensor in state.items() if name in kept_apart}
         if private:
             from safetensors.torch import save_file
 
@@ -248,7 +249,7 @@ class RetrievalModel(PreTrainedModel):
         folder = Path(folder)
         try:
             self._restore(folder)
-            expected = {name for name in self.state_dict() if self._is_private(name)}
+            expected = self._kept_apart()
             found: dict[str, torch.Tensor] = {}
             if (folder / layouts.TRAINING_FILE).is_file():
                 from safetensors.torch import load_file
@@ -264,15 +265,13 @@ class RetrievalModel(PreTrainedModel):
                 cure="Resume with the model and the settings that the checkpoint was written with",
             ) from None
 
-    def _is_private(self, name: str) -> bool:
-        """Whether a tensor goes to `training_modules.safetensors`: what is trained along, and adapters."""
-        if name.startswith("training_modules."):
-            return True
-        tower_name, _, rest = name.partition(".")
-        tower = self.towers.get(tower_name)
-        if tower is None or not is_adapted(tower):
-            return False
-        return any(part in rest for part in ("lora_", "modules_to_save", "adapter", "ia3_", "oft_", "hada_", "vera_"))
+    def _kept_apart(self) -> set[str]:
+        """The tensors that go to `training_modules.safetensors`: what is trained along, and adapters."""
+        names = {f"training_modules.{name}" for name in self.training_modules.state_dict()}
+        for tower_name, tower in self.towers.items():
+            if is_adapted(tower):
+                names |= {f"{tower_name}.{name}" for name, one in tower.named_parameters() if one.requires_grad}
+        return names
 
     def _save_tower(self, name: str, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
         """Saves one backbone natively, adapters merged, and its tokenizer beside it."""

@@ -14,7 +14,7 @@ from . import layouts
 from .base import RetrievalConfig, RetrievalModel, plain_model
 from .loading import choose_length, load_backbone, load_tokenizer
 from .processing import TextProcessor
-from .source import find_model
+from .source import ModelSource, find_model
 
 
 class CrossEncoderConfig(RetrievalConfig):
@@ -61,7 +61,7 @@ class CrossEncoderRanker(RetrievalModel):
     @classmethod
     def from_pretrained(  # noqa: D417 - overrides are described as one
         cls,
-        pretrained_model_name_or_path: str | Path,
+        pretrained_model_name_or_path: str | Path | ModelSource,
         *,
         revision: str | None = None,
         dtype: str | torch.dtype = "float32",

@@ -20,7 +20,7 @@ from .base import RetrievalConfig, RetrievalModel, freeze_unused, plain_model
 from .layouts import Layout, ProjectionLayout, TowerLayout
 from .loading import choose_length, load_backbone, load_tokenizer
 from .processing import TextProcessor, tokenizer_fingerprint
-from .source import find_model
+from .source import ModelSource, find_model
 
 
 Kind = Literal["query", "passage"]
@@ -154,7 +154,7 @@ class DenseRetriever(RetrievalModel):
     @classmethod
     def from_pretrained(  # noqa: D417 - overrides are described as one
         cls,
-        pretrained_model_name_or_path: str | Path,
+        pretrained_model_name_or_path: str | Path | ModelSource,
         *,
         revision: str | None = None,
         dtype: str | torch.dtype = "float32",

@@ -12,9 +12,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..console import get_logger
 from ..errors import InputError
 from ..files import read_json, write_json
 
+
+logger = get_logger(__name__)
 
 EXTRA_FILE = "hf_distill.json"
 TRAINING_FILE = "training_modules.safetensors"
@@ -121,6 +124,8 @@ def read_layout(folder: Path, name: str) -> Layout:
             where=name,
             cure="Give a dense model (SentenceTransformer) or a cross-encoder",
         )
+    if settings.get("truncate_dim"):
+        logger.warning("%s: vectors are not cut to the recorded truncate_dim %s.", name, settings["truncate_dim"])
     if (folder / "modules.json").is_file():
         modules = _read(folder / "modules.json", name)
         return replace(_read_modules(folder, modules, name), **shared)
@@ -234,6 +239,12 @@ def _read_tower(kinds: list[tuple[str, Path]], name: str) -> tuple[TowerLayout, 
     task = lengths.get("transformer_task", "feature-extraction")
     if lengths.get("query_expansion"):
         raise InputError("the model expands its queries, as multi-vector models do", where=name)
+    if "message" in (lengths.get("modality_config") or {}):
+        raise InputError(
+            "the model puts texts into a chat template, which is not supported",
+            where=name,
+            cure="Give a model that reads plain text; instructions can be set as query_prompt",
+        )
     kind = "dense"
     if task == "sequence-classification":
         kind = "cross-encoder"

@@ -114,15 +114,15 @@ def load_backbone(
     loader: Any = AutoModelForSequenceClassification if head else AutoModel
     if head:
         _check_labels(config, name)
-    elif getattr(config, "is_encoder_decoder", False):
-        if config.model_type not in _ENCODER_CLASSES:
-            raise InputError(
-                f"the model is an encoder-decoder ({config.model_type})",
-                where=name,
-                cure=f"Give an encoder or a decoder; of encoder-decoders only {', '.join(_ENCODER_CLASSES)} are read",
-            )
+    elif config.model_type in _ENCODER_CLASSES:
         loader = getattr(transformers, _ENCODER_CLASSES[config.model_type])
         options.pop("trust_remote_code")
+    elif getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"the model is an encoder-decoder ({config.model_type})",
+            where=name,
+            cure=f"Give an encoder or a decoder; of encoder-decoders only {', '.join(_ENCODER_CLASSES)} are read",
+        )
     try:
         with quiet_transformers():
             model, report = loader.from_pretrained(folder, **options)

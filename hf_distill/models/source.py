@@ -35,15 +35,18 @@ class ModelSource:
     revision: str | None = None
 
 
-def find_model(name: str | os.PathLike, revision: str | None = None) -> ModelSource:
+def find_model(name: str | os.PathLike | ModelSource, revision: str | None = None) -> ModelSource:
     """Finds (and where needed downloads) a model's files.
 
     A local folder is taken as it is. Otherwise the Hub is asked once, with a short timeout and not at all under
-    `HF_HUB_OFFLINE=1`; when it does not answer, the Hub's cache and then the packaged models are looked at.
+    `HF_HUB_OFFLINE=1`; when it does not answer, the Hub's cache and then the packaged models are looked at. What was
+    found before is returned as it is.
 
     Raises:
         InputError: If there is no such model, or it is neither local nor reachable.
     """
+    if isinstance(name, ModelSource):
+        return name
     text = os.fspath(name)
     folder = Path(text).expanduser()
     if text and folder.is_dir():

@@ -89,7 +89,7 @@ def load_model(
     source = find_model(name, revision)
     layout = layouts.read_layout(source.folder, source.name)
     archetype = CrossEncoderRanker if layout.kind == "cross-encoder" else DenseRetriever
-    return archetype.from_pretrained(name, revision=revision, **overrides)
+    return archetype.from_pretrained(source, **overrides)
 
 
 def layer_positions(count: int, total: int, choice: str = "first") -> list[int]:
