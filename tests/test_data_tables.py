@@ -205,7 +205,9 @@ def test_bad_records(records, message):
 
 def test_bad_parquet(tmp_path):
     path = tmp_path / "corpus.parquet"
-    broken = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")])
+    broken = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")]
+    )
     pq.write_table(pa.table({"_id": ["a"], "text": broken}), path)
     with pytest.raises(InputError, match="corpus.parquet, row 1, field 'text'.*not UTF-8"):
         Corpus.from_blocks(read_blocks(path), "x", where=str(path))
@@ -223,7 +225,5 @@ def test_json_lines_round_trip(tmp_path_factory, pairs):
     path = tmp_path_factory.mktemp("lines") / "corpus.jsonl"
     records = [{"_id": str(i), "title": title, "text": text} for i, (title, text) in enumerate(pairs)]
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    read = [
-        dict(zip(block.columns, values)) for block in read_blocks(path) for values in zip(*block.columns.values())
-    ]
+    read = [dict(zip(block.columns, values)) for block in read_blocks(path) for values in zip(*block.columns.values())]
     assert read == records

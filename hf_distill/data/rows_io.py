@@ -76,7 +76,9 @@ class RowReader:
     def _documents(self, block: Block, name: str) -> pa.Array:
         lists = _list_column(block, name, pa.string())
         flat = lists.flatten()
-        positions = self.corpus.positions(flat)
+        # Mined candidates repeat within a block: each distinct one is looked up once.
+        encoded = flat.dictionary_encode()
+        positions = self.corpus.positions(encoded.dictionary)[encoded.indices.to_numpy()]
         if (positions < 0).any():
             index = int(np.argmax(positions < 0))
             row = int(np.searchsorted(list_offsets(lists), index, side="right")) - 1
