@@ -26,7 +26,7 @@ logger = get_logger(__name__)
 
 PACKAGES = (
     STANDARD_LIBRARY,
-    *"PIL accelerate aiohttp click datasets dateutil evaluate faiss fontTools fsspec huggingface_hub hypothesis jinja2"
+    *"PIL accelerate aiohttp click datasets dateutil evaluate fontTools fsspec huggingface_hub hypothesis jinja2"
     " joblib matplotlib mpmath networkx numba numpy pandas peft psutil pyarrow pydantic pygments requests rich"
     " safetensors scipy sentence_transformers sklearn sympy tensorboard tokenizers torch tqdm transformers".split(),
 )
@@ -72,9 +72,15 @@ def build_demo_collection(
     """
     from hf_distill.data.export import save_collection
 
+    if num_passages < 1:
+        raise InputError(f"{num_passages} is not a size", where="num_passages", cure="Use some thousands")
     for module in modules or ():
         if package_root(module) is None:
-            raise InputError(f"no package {module!r} with Python source is installed", where="modules")
+            raise InputError(
+                f"no package {module!r} with Python source is installed",
+                where="modules",
+                cure="Use top-level names of installed packages, or 'python' for the standard library",
+            )
     found = read_docstrings([name for name in modules or PACKAGES if package_root(name) is not None])
     records = select_records(found, num_passages, seed)
     splits = split_by_module(records, seed)

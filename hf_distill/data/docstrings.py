@@ -52,7 +52,8 @@ def package_root(package: str) -> Path | None:
     """The folder of an installed package's source, or `None` where there is none. Nothing is imported."""
     if package == STANDARD_LIBRARY:
         return Path(sysconfig.get_path("stdlib"))
-    spec = importlib.util.find_spec(package)
+    # A dotted name would import its parent.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         return None
     return Path(next(iter(spec.submodule_search_locations)))
@@ -259,6 +260,7 @@ _INLINE = [
         ("]_", r"\s?\[[\w*#-]+\]_", ""),  # footnotes
         ("``", r"``([^`\n]*)``", r"\1"),
         ("`", r"`[~!.]?([^`\n]*)`_{0,2}", r"\1"),
+        ("`", r"`", ""),
         ("|", r"\|([A-Za-z][\w. ]*)\|", r"\1"),
         ("**", r"(?<![\w*])\*\*([^*\n]+?)\*\*(?![\w*])", r"\1"),
         ("*", r"(?<![\w*])\*([^*\s,)][^*\n]*?)\*(?![\w*])", r"\1"),
@@ -327,7 +329,7 @@ def _without_blocks(lines: list[str]) -> list[str]:
             kept.append(" " * indent + f"{directive.group(1).capitalize()}: {rest}".rstrip())
             position += 1
         elif text.endswith("::") and not following.strip() and _section(line, following) is None:
-            kept.append(line[: line.rindex("::")] + ":")
+            kept += [line[: line.rindex("::")] + ":", ""]
             position = _after_block(lines, position + 1, indent)
         else:
             kept.append(line)
