@@ -194,6 +194,20 @@ def test_saved_collection_opens_in_datasets(micro, tmp_path):
     assert again.rows("gold").fingerprint == rows.fingerprint
 
 
+def test_large_corpus_is_written_in_several_files(micro, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_distill.data.tables.BLOCK_ROWS", 10)
+    monkeypatch.setattr("hf_distill.data.export.BLOCK_ROWS", 10)
+    monkeypatch.setattr("hf_distill.data.export._BLOCKS_PER_FILE", 3)
+    collection = load_collection(micro)
+    folder = save_collection(collection, tmp_path / "saved")
+    count = -(-len(collection.corpus) // 30)
+    names = [f"corpus-{n:05d}-of-{count:05d}.parquet" for n in range(count)]
+    assert count > 1 and sorted(path.name for path in (folder / "corpus").iterdir()) == names
+    assert load_collection(folder).fingerprint == collection.fingerprint
+    read = datasets.load_dataset(str(folder), "corpus", cache_dir=str(tmp_path / "hf"))["corpus"]
+    assert read["document_id"][:] == list(collection.corpus.ids)
+
+
 def _configs(folder) -> list[str]:
     return datasets.get_dataset_config_names(str(folder))
 

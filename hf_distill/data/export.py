@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,7 +21,8 @@ from hf_distill.errors import InputError
 from hf_distill.files import atomic_path
 
 
-_ROWS_PER_FILE = 1_000_000
+# About a million rows in one parquet file.
+_BLOCKS_PER_FILE = 250
 
 # What `datasets` accepts as the name of a split.
 _SPLIT_NAME = re.compile(r"^\w+(\.\w+)*$")
@@ -119,20 +121,12 @@ def _check_row_set(name: str, rows: RowSet, collection: Collection) -> None:
 
 def _write_table(table: TextTable, folder: Path, name: str) -> str:
     """Writes the shards of a table; returns the pattern that finds them."""
-    files = max(1, -(-len(table) // _ROWS_PER_FILE))
+    files = max(1, -(-len(table) // (_BLOCKS_PER_FILE * BLOCK_ROWS)))
     blocks = table.blocks()
-    per_file = _ROWS_PER_FILE // BLOCK_ROWS + 1 if files > 1 else None
     for number in range(files):
         path = folder / name / f"{name}-{number:05d}-of-{files:05d}.parquet"
-        _write_parquet(path, table.arrow_schema, _first(blocks, per_file))
+        _write_parquet(path, table.arrow_schema, islice(blocks, _BLOCKS_PER_FILE))
     return f"{name}/*.parquet"
-
-
-def _first(blocks: Iterator[pa.Table], count: int | None) -> Iterator[pa.Table]:
-    for number, block in enumerate(blocks, start=1):
-        yield block
-        if number == count:
-            return
 
 
 def _qrels_tables(qrels: Qrels, collection: Collection) -> Iterator[pa.Table]:
@@ -148,7 +142,7 @@ def _qrels_tables(qrels: Qrels, collection: Collection) -> Iterator[pa.Table]:
         )
 
 
-def _write_parquet(path: Path, arrow_schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
+def _write_parquet(path: Path, arrow_schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
