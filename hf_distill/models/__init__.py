@@ -8,9 +8,10 @@ from ..lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "base": ["RetrievalConfig", "RetrievalModel", "set_dropout", "use_attention"],
+        "base": ["RetrievalConfig", "RetrievalModel", "use_attention"],
         "cross_encoder": ["CrossEncoderConfig", "CrossEncoderRanker"],
         "dense": ["DenseRetriever", "DenseRetrieverConfig", "RetrieverOutput"],
+        "dropout": ["set_dropout"],
         "processing": ["DEFAULT_TEMPLATE", "TextProcessor"],
         "source": ["ModelSource", "find_model"],
         "student": ["layer_positions", "load_model", "reduce_layers", "student_from"],

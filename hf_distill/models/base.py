@@ -26,6 +26,7 @@ from .source import ModelSource
 logger = get_logger(__name__)
 
 # Backbones that do nothing with token ids but look up embeddings, so that a lookup for several chunks is the same.
+_USUAL = ("eager", "sdpa")
 _PLAIN_LOOKUP = {"bert", "distilbert", "electra", "roberta", "xlm-roberta", "camembert", "albert", "llama", "qwen2",
                  "qwen3", "mistral"}  # fmt: skip
 
@@ -101,7 +102,8 @@ class RetrievalModel(PreTrainedModel):
     def train(self, mode: bool = True) -> RetrievalModel:
         """Sets training or inference mode; on a CPU this also chooses the attention that is fastest there."""
         super().train(mode)
-        if self.device.type == "cpu":
+        usual = all(plain_model(tower).config._attn_implementation in _USUAL for tower in self.towers.values())
+        if usual and self.device.type == "cpu":
             # The backward pass of PyTorch's fused attention runs at a tenth of the eager one's speed on CPUs.
             use_attention(self, "eager" if mode else "sdpa")
         return self
@@ -330,24 +332,6 @@ def use_attention(model: RetrievalModel, implementation: str) -> None:
         if implementation == "sdpa" and not getattr(plain, "_supports_sdpa", False):
             continue
         plain.set_attn_implementation(implementation)
-
-
-def set_dropout(model: RetrievalModel, probability: float) -> None:
-    """Sets every dropout of the towers, in hidden states and attention alike; 0 turns dropout off.
-
-    Raises:
-        InputError: If `probability` is not in [0, 1).
-    """
-    if not 0 <= probability < 1:
-        raise InputError(f"dropout is {probability}", cure="Choose a probability from 0 to below 1")
-    for tower in model.towers.values():
-        for module in tower.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = float(probability)
-            # Attention functions take their probability from a plain number.
-            for name, value in list(vars(module).items()):
-                if "dropout" in name and isinstance(value, float):
-                    setattr(module, name, float(probability))
 
 
 def is_adapted(tower: nn.Module) -> bool:

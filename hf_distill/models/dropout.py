@@ -7,10 +7,6 @@ from torch import nn
 from ..errors import InputError
 
 
-# Attention functions read these instead of calling a module.
-_ATTRIBUTES = ("attention_dropout", "dropout_prob", "attn_dropout")
-
-
 def set_dropout(model: nn.Module, probability: float) -> None:
     """Sets every dropout of a model, in embeddings, attention and feed-forward layers alike.
 
@@ -21,7 +17,8 @@ def set_dropout(model: nn.Module, probability: float) -> None:
         raise InputError(f"{probability} is not in [0, 1)", where="dropout", cure="Give 0 to switch it off")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = probability
-        for name in _ATTRIBUTES:
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, probability)
+            module.p = float(probability)
+        # Attention functions take their probability from a plain number of the layer's.
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, float(probability))
