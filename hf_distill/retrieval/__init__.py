@@ -1,0 +1,22 @@
+"""Offline work on whole collections, sharded and resumable: encode, index, search, mine, score."""
+
+from __future__ import annotations
+
+from hf_distill.lazy import attach
+
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "shards": ["ShardedJob"],
+        "store": ["EmbeddingStore"],
+        "inference": ["InferenceModel", "choose_dtype"],
+        "encode": ["encode_table", "encode_texts"],
+        "index": ["Index"],
+        "search": ["Searcher", "search"],
+        "bm25": ["bm25_search"],
+        "mine": ["MiningOptions", "mine"],
+        "score": ["rerank", "score_from_run", "score_rows"],
+        "estimate": ["estimate_seconds"],
+    },
+)

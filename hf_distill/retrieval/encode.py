@@ -1,0 +1,184 @@
+"""Texts to vectors: a list in memory, or a whole table in resumable shards on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..console import progress
+from ..errors import InputError
+from ..files import fingerprint
+from ..models.dense import DenseRetriever
+from .inference import InferenceModel
+from .shards import ShardedJob, default_shard_rows, write_array
+from .store import STORAGES, EmbeddingStore
+
+
+if TYPE_CHECKING:
+    from ..data import TextTable
+
+# Raised by hand when the same key would give other bytes.
+ENCODE_VERSION = 1
+
+# Texts tokenised at once by `encode_texts`.
+_BLOCK_TEXTS = 8192
+
+
+def as_inference_model(model: DenseRetriever | InferenceModel, **settings: Any) -> InferenceModel:
+    """`model` itself if it is prepared already, else its copy for inference."""
+    return model if isinstance(model, InferenceModel) else InferenceModel(model, **settings)
+
+
+def encode_texts(
+    model: DenseRetriever | InferenceModel,
+    texts: Sequence[str],
+    kind: str = "passage",
+    *,
+    dtype: str = "auto",
+    token_budget: int | None = None,
+    device: str | torch.device | None = None,
+    show_progress: bool = False,
+) -> np.ndarray:
+    """Vectors of texts, in memory.
+
+    Args:
+        model: The model; or an [`InferenceModel`] of it, for many small calls.
+        texts: Queries or rendered passages, without prompts.
+        kind: `"query"` or `"passage"`: which prompt, length and tower.
+        dtype: `"auto"`, `"float32"` or `"bfloat16"` arithmetic.
+        token_budget: Most tokens of a batch, padding included.
+        device: Where to run.
+        show_progress: Whether to show a bar.
+
+    Returns:
+        `float32[len(texts), D]`.
+    """
+    _check_kind(kind)
+    inference = as_inference_model(model, dtype=dtype, device=device, token_budget=token_budget)
+    if not len(texts):
+        return np.empty((0, inference.model.embedding_size), np.float32)
+    parts = []
+    bar = progress(total=len(texts), label=f"encode {kind}", unit="text") if show_progress else None
+    for start in range(0, len(texts), _BLOCK_TEXTS):
+        features = inference.processor.encode(texts[start : start + _BLOCK_TEXTS], kind)
+        parts.append(inference.encode(features, kind, bar.update if bar is not None else None))
+    if bar is not None:
+        bar.close()
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def encode_table(
+    model: DenseRetriever | InferenceModel,
+    table: TextTable,
+    kind: str,
+    *,
+    dtype: str = "auto",
+    token_budget: int | None = None,
+    shard_rows: int | None = None,
+    storage: str = "float32",
+    cache_dir: str | os.PathLike | None = None,
+    device: str | torch.device | None = None,
+) -> EmbeddingStore:
+    """Vectors of all rows of a table, made once and found again.
+
+    They are kept under a key of the weights, the texts and every setting, never of a name: the same weights in another
+    folder find them, changed weights do not. The work is shared by accelerate's processes, all of which must call
+    this; killed at any moment and called again, it leaves the same bytes.
+
+    Args:
+        model: The model.
+        table: Queries or a corpus.
+        kind: `"query"` or `"passage"`: which prompt, length and tower.
+        dtype: `"auto"`, `"float32"` or `"bfloat16"` arithmetic.
+        token_budget: Most tokens of a batch, padding included.
+        shard_rows: Rows of a shard; by default a function of the number of rows.
+        storage: `"float32"` or `"float16"`: how vectors are kept on disk.
+        cache_dir: Instead of the default cache folder.
+        device: Where to run.
+    """
+    inference = as_inference_model(model, dtype=dtype, device=device, token_budget=token_budget)
+    job, rows = encode_job(inference, table, kind, shard_rows, storage, cache_dir)
+
+    def positions(shard: int) -> np.ndarray:
+        return np.arange(shard * rows, min((shard + 1) * rows, len(table)))
+
+    def tokenise(shard: int) -> list[list[int]]:
+        return inference.processor.encode(_texts(table, positions(shard), inference), kind)
+
+    def write(shard: int, path: Path, features: list[list[int]] | None = None) -> None:
+        features = tokenise(shard) if features is None else features
+        write_array(path, inference.encode(features, kind, job.advance).astype(storage))
+
+    job.run(
+        write,
+        f"encode {table.noun}",
+        sizes=[len(positions(shard)) for shard in range(job.num_shards)],
+        unit="text",
+        # On a CPU both would compete for the same cores.
+        prepare=tokenise if inference.device.type != "cpu" else None,
+    )
+    return EmbeddingStore(job.folder)
+
+
+def encode_job(
+    inference: InferenceModel,
+    table: TextTable,
+    kind: str,
+    shard_rows: int | None = None,
+    storage: str = "float32",
+    cache_dir: str | os.PathLike | None = None,
+) -> tuple[ShardedJob, int]:
+    """The job of `encode_table`, and the rows of a shard."""
+    _check_kind(kind)
+    if storage not in STORAGES:
+        raise InputError(f"{storage!r} is not a storage", where="storage", cure="Use float32 or float16")
+    if not isinstance(inference._source, DenseRetriever):
+        raise InputError(
+            "a cross-encoder has no embeddings", where="encoding", cure="Use score_rows or rerank with it"
+        )
+    if not len(table):
+        raise InputError(f"no {table.noun}", where=table.where, cure="Give at least one row")
+    rows = shard_rows or default_shard_rows(len(table))
+    key = {
+        "version": ENCODE_VERSION,
+        **inference.key(),
+        "table": table.fingerprint,
+        "rows": len(table),
+        "text_kind": kind,
+        "shard_rows": rows,
+        "storage": storage,
+    }
+    info = {"model": str(inference._source.name_or_path or ""), "texts": table.where}
+    return ShardedJob.cached("embeddings", key, -(-len(table) // rows), cache_dir, info=info), rows
+
+
+def model_identity(inference: InferenceModel) -> dict[str, Any]:
+    """Who made vectors or scores, for provenance."""
+    model = inference._source
+    source = model.source
+    return {
+        "model": str(model.name_or_path or type(model).__name__),
+        "revision": getattr(source, "revision", None),
+        "weights": inference.key()["weights"],
+        "settings": fingerprint(inference.key()),
+        "dtype": inference.dtype,
+        "query_length": inference.processor.query_length,
+        "passage_length": inference.processor.passage_length,
+        "query_prompt": inference.processor.query_prompt,
+        "passage_prompt": inference.processor.passage_prompt,
+        "template": inference.processor.template,
+    }
+
+
+def _texts(table: TextTable, positions: np.ndarray, inference: InferenceModel) -> list[str]:
+    return table.texts(positions, template=inference.processor.template)
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in ("query", "passage"):
+        raise InputError(f"{kind!r} is not a kind of text", where="kind", cure="Use query or passage")

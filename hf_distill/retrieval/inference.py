@@ -1,0 +1,232 @@
+"""A copy of a model that is as fast as it can be made without changing what it computes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..console import get_logger
+from ..errors import InputError
+from ..models.base import RetrievalModel, use_attention
+from .packing import pack_linears, register_matmul_attention
+
+
+logger = get_logger(__name__)
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# Tokens of a batch, padding included. A batch of this size keeps a small encoder's activations in a CPU core's cache,
+# where larger batches are slower; a GPU wants to be filled.
+_BUDGETS = {"cpu": {"float32": 2048, "bfloat16": 2048}, "cuda": {"float32": 16384, "bfloat16": 32768}}
+_OTHER_BUDGET = 8192
+
+
+def choose_dtype(dtype: str | None, device: torch.device | str) -> str:
+    """`"float32"` or `"bfloat16"`; `"auto"` is bfloat16 where the hardware computes with it and is fast at it."""
+    dtype = str(dtype or "auto").removeprefix("torch.")
+    if dtype in DTYPES:
+        return dtype
+    if dtype != "auto":
+        raise InputError(f"{dtype!r} is not a precision", where="dtype", cure="Use auto, float32 or bfloat16")
+    device = torch.device(device)
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bfloat16" if device.type == "cpu" and _cpu_has("amx_tile", "avx512_bf16") else "float32"
+
+
+def inference_device(model: RetrievalModel, device: str | torch.device | None = None) -> torch.device:
+    """`device`, else the GPU that the model is on, else what accelerate gives to this process."""
+    if device is not None:
+        return torch.device(device)
+    if model.device.type != "cpu":
+        return model.device
+    from accelerate import PartialState
+
+    return PartialState().device
+
+
+def plan_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
+    """Cuts texts into batches: sorted by length, longest first, at most `budget` tokens each with their padding.
+
+    Args:
+        lengths: `int[n]`, tokens of each text.
+        budget: Most tokens of a batch; a longer text is a batch of its own.
+
+    Yields:
+        Positions of the texts of a batch. Every position occurs once; the batches depend on `lengths` alone.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        count = max(1, budget // max(1, int(lengths[order[start]])))
+        yield order[start : start + count]
+        start += count
+
+
+def pad_batch(rows: Sequence[Sequence[int]], fill: int, left: bool = False) -> np.ndarray:
+    """Token ids as `int64[len(rows), longest]`."""
+    width = max(map(len, rows))
+    result = np.full((len(rows), width), fill, dtype=np.int64)
+    for target, row in zip(result, rows):
+        if left:
+            target[width - len(row) :] = row
+        else:
+            target[: len(row)] = row
+    return result
+
+
+class InferenceModel:
+    """A model for encoding or scoring many texts; the model it is made from stays as it is.
+
+    The copy shares the weights' memory in float32 and has its own in bfloat16; on x86 CPUs its linear layers hold
+    their weights in the layout of the matrix kernels (oneDNN), with GELU fused where it follows, which is the same
+    function and up to twice as fast. Outputs of [`DenseRetriever`] are pooled and normalised in float32 always.
+
+    Args:
+        model: The model; its weights at this moment count.
+        dtype: Precision of the weights and the arithmetic; see `choose_dtype`.
+        device: Where to run; by default on the model's GPU or the one that accelerate gives to this process.
+        token_budget: Most tokens of a batch; by default what suits the device.
+    """
+
+    def __init__(
+        self,
+        model: RetrievalModel,
+        *,
+        dtype: str | None = "auto",
+        device: str | torch.device | None = None,
+        token_budget: int | None = None,
+    ):
+        self.device = inference_device(model, device)
+        self.dtype = choose_dtype(dtype, self.device)
+        self.token_budget = token_budget or _BUDGETS.get(self.device.type, {}).get(self.dtype, _OTHER_BUDGET)
+        if self.token_budget < 1:
+            raise InputError(f"{token_budget} tokens", where="token_budget", cure="Give a positive number")
+        self.processor = model.processor()
+        self._source = model
+        self._model: RetrievalModel | None = None
+
+    @property
+    def model(self) -> RetrievalModel:
+        """The copy, made when it is first needed: work that is all in the cache needs none."""
+        if self._model is None:
+            self._model = _inference_copy(self._source, DTYPES[self.dtype], self.device)
+            if self.device.type == "cpu":
+                pack_linears(self._model, self.token_budget)
+                if self.dtype == "bfloat16" and not _cpu_has("amx_tile") and not self._source.attention_is_fixed:
+                    # Without AMX the fused attention of CPUs is slower in bfloat16 than two matrix products.
+                    use_attention(self._model, register_matmul_attention())
+        return self._model
+
+    def key(self) -> dict[str, Any]:
+        """What determines this copy's outputs, for cache keys."""
+        return {
+            "weights": self._source.weights_fingerprint(),
+            "dtype": self.dtype,
+            "token_budget": self.token_budget,
+            **{f"processor_{name}": value for name, value in self.processor.settings().items()},
+        }
+
+    def encode(
+        self, features: Sequence[Sequence[int]], kind: str, advance: Callable[[int], None] | None = None
+    ) -> np.ndarray:
+        """Vectors of tokenised texts, `float32[n, D]`, of a [`DenseRetriever`].
+
+        Args:
+            features: Token ids, as `processor.encode(texts, kind)` returns them.
+            kind: `"query"` or `"passage"`.
+            advance: Called with the number of texts after every batch.
+        """
+        return self._run(features, None, lambda chunk: self.model.encode(chunk, kind), advance)
+
+    def score(
+        self,
+        features: Sequence[Sequence[int]],
+        token_types: Sequence[Sequence[int]] | None,
+        advance: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Scores of tokenised pairs, `float32[n]`, of a [`CrossEncoderRanker`]; arguments as `processor.pairs` gives."""
+        return self._run(features, token_types, self.model.score_chunk, advance)
+
+    def _run(
+        self,
+        features: Sequence[Sequence[int]],
+        token_types: Sequence[Sequence[int]] | None,
+        forward: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+        advance: Callable[[int], None] | None,
+    ) -> np.ndarray:
+        lengths = np.fromiter(map(len, features), dtype=np.int64, count=len(features))
+        fill, left = self.processor.pad_token_id, self.processor.padding_side == "left"
+        asynchronous = self.device.type == "cuda"
+        result: torch.Tensor | None = None
+        with torch.inference_mode():
+            for batch in plan_batches(lengths, self.token_budget):
+                rows = batch.tolist()
+                columns = np.arange(lengths[batch[0]])
+                if left:
+                    columns = columns[::-1]
+                arrays = {
+                    "input_ids": pad_batch([features[row] for row in rows], fill, left),
+                    "attention_mask": (columns < lengths[batch][:, None]).astype(np.int64),
+                }
+                if token_types is not None:
+                    arrays["token_type_ids"] = pad_batch([token_types[row] for row in rows], 0, left)
+                chunk = {name: torch.from_numpy(array) for name, array in arrays.items()}
+                if asynchronous:
+                    chunk = {name: one.pin_memory().to(self.device, non_blocking=True) for name, one in chunk.items()}
+                elif self.device.type != "cpu":
+                    chunk = {name: one.to(self.device) for name, one in chunk.items()}
+                output = forward(chunk)
+                if result is None:
+                    result = torch.empty((len(features), *output.shape[1:]), dtype=torch.float32, device=self.device)
+                # Kept on the device, so that a GPU never waits for a copy.
+                result[torch.from_numpy(batch).to(self.device)] = output
+                if advance is not None:
+                    advance(len(rows))
+        if result is None:
+            raise InputError("no texts", where="encoding", cure="Give at least one")
+        values = result.cpu().numpy()
+        if not np.isfinite(values).all():
+            raise InputError(
+                f"the model's outputs are not finite in {self.dtype}",
+                where=str(self._source.name_or_path or type(self._source).__name__),
+                cure="Use dtype float32; if it happens there too, the weights are broken",
+            )
+        return values
+
+
+def _inference_copy(model: RetrievalModel, dtype: torch.dtype, device: torch.device) -> RetrievalModel:
+    """A copy of the modules around the same tensors, or around converted ones where dtype or device differ.
+
+    Only the towers' parameters are converted: buffers (rotary frequencies, say) keep the precision that they were
+    computed in, and projections run in float32 anyway.
+    """
+    memo: dict[int, Any] = {}
+    in_towers = {id(parameter) for tower in model.towers.values() for parameter in tower.parameters()}
+    for parameter in model.parameters():
+        convert = id(parameter) in in_towers and parameter.is_floating_point()
+        tensor = parameter.detach().to(device=device, dtype=dtype if convert else parameter.dtype)
+        memo[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().to(device)
+    for shared in (model.tokenizer, model.source):
+        memo[id(shared)] = shared
+    duplicate = copy.deepcopy(model, memo).eval()
+    use_attention(duplicate, "sdpa")
+    return duplicate
+
+
+@functools.cache
+def _cpu_has(*names: str) -> bool:
+    """Whether the CPU has one of the instruction sets."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    return any(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in names)
