@@ -49,3 +49,17 @@ def scale_gradient(loss: torch.Tensor, factor: float) -> torch.Tensor:
     if factor == 1:
         return loss
     return loss.detach() + factor * (loss - loss.detach())
+
+
+def leave() -> None:
+    """Waits for the other processes and leaves the process group, at the end of a program.
+
+    A process that exits while another one still talks to it can be aborted by the communication library.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    from accelerate import PartialState
+
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()

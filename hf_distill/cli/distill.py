@@ -190,10 +190,10 @@ class Distillation:
         if tests:
             lines.append(("measure the student before training", before))
         lines.append((f"train the student: {steps:,} steps of {self._batch()} queries", steps * step))
-        if self.options.no_teacher_baseline:
+        if self.options.baseline:
             lines.append((f"train it without a teacher: {steps:,} steps", steps * step))
         if tests:
-            lines.append(("measure the trained students", before * (1 + self.options.no_teacher_baseline)))
+            lines.append(("measure the trained students", before * (1 + self.options.baseline)))
         return lines
 
     def _batch(self) -> int:
@@ -346,7 +346,7 @@ class Distillation:
             if spec.model is not None:
                 self.report.model(spec.name, spec.model)
         self.report.model("student_before", self.student)
-        start = copy.deepcopy(self.student) if self.options.no_teacher_baseline else None
+        start = copy.deepcopy(self.student) if self.options.baseline else None
         trainer = self.train(rows, teachers)
         if start is not None and rows.num_positives.any():
             self.train_without_teacher(rows, start)
@@ -399,9 +399,13 @@ def run(
     args: Any,
 ) -> None:
     """Distils, evaluates, and writes the native student with its card."""
-    require(data_options, "distill", data="the collection, a folder or Hub id")
-    require(options, "distill", teacher="a Hub id or folder", student="layers:3, or a Hub id or folder")
-    require(args, "distill", output_dir="where the student goes")
+    require(
+        "distill",
+        data=(data_options.data, "the collection, a folder or Hub id"),
+        teacher=(options.teacher, "a Hub id or folder"),
+        student=(options.student, "layers:3, or a Hub id or folder"),
+        output_dir=(args.output_dir, "where the student goes"),
+    )
     Distillation(data_options, options, row_options, model_options, encode_options, args).run()
 
 

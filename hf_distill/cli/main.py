@@ -49,3 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         verb.run(*arguments)
     except InputError as error:
         exit_with(error)
+    if "torch" in sys.modules:
+        from ..distributed import leave
+
+        leave()

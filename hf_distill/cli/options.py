@@ -106,7 +106,7 @@ class StudentOptions:
         None, "layers:N, layers:N:last or layers:N:even of the first bi-encoder teacher, or any Hub id or folder."
     )
     student_revision: str | None = _option(None, "Its branch, tag or commit.")
-    no_teacher_baseline: bool = _option(
+    baseline: bool = _option(
         True, "Also train the student on the same rows and steps without a teacher: only the difference counts."
     )
     plan_only: bool = _option(False, "Print the plan and its estimate, and stop.")

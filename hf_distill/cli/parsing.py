@@ -7,7 +7,7 @@ import difflib
 import json
 import sys
 import typing
-from argparse import RawDescriptionHelpFormatter
+from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,24 @@ class Verb:
     example: str = ""
 
 
+class _HelpFormatter(RawDescriptionHelpFormatter):
+    """Shows defaults that say something, and each flag in one spelling."""
+
+    def _get_help_string(self, action: Any) -> str | None:
+        if action.default in (None, SUPPRESS) or "efault" in (action.help or "") or not action.option_strings:
+            return action.help
+        return f"{action.help} Default: %(default)s."
+
+    def _format_action_invocation(self, action: Any) -> str:
+        metavar = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.metavar or "VALUE"
+        return f"{action.option_strings[0]} {metavar}" if action.nargs != 0 else ", ".join(action.option_strings)
+
+    def add_argument(self, action: Any) -> None:
+        # The parser adds a `--no_...` twin to every switch; `--switch false` says the same.
+        if not any(name.startswith("--no_") and action.nargs == 0 for name in action.option_strings):
+            super().add_argument(action)
+
+
 def _parser(verb: Verb, classes: Sequence[type]):
     from transformers.hf_argparser import HfArgumentParser
 
@@ -50,9 +68,10 @@ def _parser(verb: Verb, classes: Sequence[type]):
     parser = Parser(
         classes,
         prog=f"hf-distill {verb.name}",
+        usage=f"hf-distill {verb.name} [--config FILE.yaml] [--field value ...]",
         description=verb.summary,
         epilog=epilog,
-        formatter_class=RawDescriptionHelpFormatter,
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="A YAML file with any of these fields; flags win.")
@@ -150,19 +169,16 @@ def _flag(name: str, value: Any, field: dataclasses.Field) -> list[str]:
     return [f"--{name}={value}"]
 
 
-def require(options: Any, verb: str, **what: str) -> None:
-    """Raises [`InputError`] that lists all fields of `options` that are still None.
+def require(verb: str, **what: tuple[Any, str]) -> None:
+    """Raises [`InputError`] that lists everything a verb still needs.
 
     Args:
-        options: The option object.
         verb: For the message.
-        what: Field names and what each is, with an example.
+        what: For each field its value, and what it is.
     """
-    missing = [f"--{name} ({text})" for name, text in what.items() if getattr(options, name) is None]
+    missing = [f"--{name} ({text})" for name, (value, text) in what.items() if value is None]
     if missing:
-        raise InputError(
-            f"hf-distill {verb} still needs {' and '.join(missing)}", cure=f"See hf-distill {verb} --help"
-        )
+        raise InputError(f"hf-distill {verb} still needs {', '.join(missing)}", cure=f"See hf-distill {verb} --help")
 
 
 def exit_with(error: InputError) -> typing.NoReturn:

@@ -31,9 +31,12 @@ def run(
     args: Any,
 ) -> None:
     """Trains, evaluates, and writes the native checkpoint with its card."""
-    require(data_options, "train", data="the collection, a folder or Hub id")
-    require(options, "train", model="what to start from, a Hub id or folder")
-    require(args, "train", output_dir="where the model goes")
+    require(
+        "train",
+        data=(data_options.data, "the collection, a folder or Hub id"),
+        model=(options.model, "what to start from, a Hub id or folder"),
+        output_dir=(args.output_dir, "where the model goes"),
+    )
     from ..models import CrossEncoderRanker, DenseRetriever, load_model
     from ..trainers import RetrievalTrainer
     from . import steps

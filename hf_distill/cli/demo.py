@@ -1,0 +1,96 @@
+"""`hf-distill demo`: a real search task made on this machine, and a student distilled on it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+from ..console import get_logger, is_main_process
+from ..errors import InputError
+from ..files import read_json, write_json
+from .options import DemoOptions
+from .parsing import Verb, parse
+
+
+logger = get_logger(__name__)
+
+# Chosen on the demonstration's dev split.
+_RECIPE = {
+    "num_train_epochs": 4,
+    "per_device_train_batch_size": 64,
+    "num_negatives": 1,
+    "learning_rate": 3e-4,
+    "dropout": 0.0,
+    "query_length": 48,
+    "passage_length": 96,
+    "mine_negatives": 20,
+    "eval_steps": 0.25,
+    "save_steps": 0.25,
+    "eval_corpus_size": 2000,
+}
+
+
+def collection_folder(options: DemoOptions) -> Path:
+    """The demonstration's collection, built if it is not there; another one's is not touched."""
+    from ..data import build_demo_collection
+
+    folder = Path(options.output_dir) / "data"
+    wanted = {"num_passages": options.num_passages, "seed": options.seed}
+    marker = folder / "demo.json"
+    if marker.is_file():
+        if read_json(marker) != wanted:
+            raise InputError(
+                f"holds a collection made with {read_json(marker)}, not {wanted}",
+                where=str(folder),
+                cure="Choose another --output_dir, or remove that folder",
+            )
+        return folder
+    if is_main_process():
+        logger.info("Collecting documentation of Python and its packages ...")
+        build_demo_collection(folder, **wanted)
+        write_json(marker, wanted)
+    return folder
+
+
+def run(options: DemoOptions) -> None:
+    """Builds the collection, distils, and says what to try next."""
+    start = time.perf_counter()
+    from .distill import VERB as distill
+
+    data = collection_folder(options)
+    student = Path(options.output_dir) / "student"
+    flags = {
+        "data": data,
+        "teacher": options.teacher,
+        "student": options.student,
+        "output_dir": student,
+        "seed": options.seed,
+        "use_cpu": "true",
+        **_RECIPE,
+    }
+    distill.run(*parse(distill, [f"--{name}={value}" for name, value in flags.items()]))
+    if not is_main_process():
+        return
+    root = Path(options.output_dir)
+    shutil.copyfile(student / "metrics.json", root / "metrics.json")
+    shutil.copytree(student / "plots", root / "plots", dirs_exist_ok=True)
+    logger.info(
+        "\nDone in %.0f minutes. The student is in %s; figures in %s, plots in %s.\n"
+        "Try it:  hf-distill search --data %s --model %s --query 'remove blanks at both ends of a string'",
+        (time.perf_counter() - start) / 60,
+        student,
+        root / "metrics.json",
+        root / "plots",
+        data,
+        student,
+    )
+
+
+VERB = Verb(
+    "demo",
+    "Build the demonstration collection and distil a student on it.",
+    (DemoOptions,),
+    run,
+    example="hf-distill demo --num_passages 4000",
+)

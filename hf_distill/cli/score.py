@@ -1,0 +1,50 @@
+"""`hf-distill score`: a teacher's scores as a column of a row set."""
+
+from __future__ import annotations
+
+from ..console import get_logger
+from ..errors import InputError
+from .options import DataOptions, EncodeOptions, ScoreOptions
+from .parsing import Verb, require
+
+
+logger = get_logger(__name__)
+
+
+def run(data_options: DataOptions, options: ScoreOptions, encode_options: EncodeOptions) -> None:
+    """Scores and saves a row set."""
+    require(
+        "score",
+        data=(data_options.data, "the collection, a folder or Hub id"),
+        rows=(options.rows, "a row set's name, or its folder"),
+    )
+    if (options.model is None) == (options.run is None):
+        raise InputError(
+            "hf-distill score needs either --model (a Hub id or folder) or --run (a TREC file)",
+            cure="See hf-distill score --help",
+        )
+    from ..models import load_model
+    from ..retrieval import score_from_run, score_rows
+    from . import steps
+
+    data = steps.Data.open(data_options)
+    rows = steps.named_rows(data, options.rows)
+    target = steps.row_folder(data, options.output_dir, options.rows)
+    if options.run is not None:
+        scored = score_from_run(rows, options.run, column=options.column)
+    else:
+        model = load_model(options.model, revision=options.model_revision)
+        encode = steps.encode_settings(encode_options, data_options)
+        scored = score_rows(model, rows, column=options.column, **encode)
+    steps.warn_of_scores(scored, options.column)
+    steps.save_rows(scored, data, target, options.rows)
+    logger.info("column %s of %s rows written to %s", options.column, f"{len(scored):,}", target)
+
+
+VERB = Verb(
+    "score",
+    "Write a teacher's scores into a row set.",
+    (DataOptions, ScoreOptions, EncodeOptions),
+    run,
+    example="hf-distill score --data my_collection --rows outputs/rows --model cross-encoder/ms-marco-MiniLM-L6-v2",
+)

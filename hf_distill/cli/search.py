@@ -1,0 +1,64 @@
+"""`hf-distill search`: ask a collection."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Iterator
+
+from .options import DataOptions, EncodeOptions, SearchOptions
+from .parsing import Verb, require
+
+
+def _questions(options: SearchOptions) -> Iterator[str]:
+    if options.query is not None:
+        yield options.query
+        return
+    while True:
+        if sys.stdin.isatty():
+            sys.stderr.write("query> ")
+            sys.stderr.flush()
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def run(data_options: DataOptions, options: SearchOptions, encode_options: EncodeOptions) -> None:
+    """Answers one question, or every line of standard input."""
+    require(
+        "search",
+        data=(data_options.data, "the collection, a folder or Hub id"),
+        model=(options.model, "a Hub id or folder of a bi-encoder, or bm25"),
+    )
+    from ..models import load_model
+    from ..retrieval import Searcher
+    from . import steps
+
+    data = steps.Data.open(data_options)
+    model = "bm25" if options.model == "bm25" else load_model(options.model)
+    searcher = Searcher(
+        model,
+        data.collection.corpus,
+        factory=encode_options.index,
+        **steps.encode_settings(encode_options, data_options),
+    )
+    corpus = data.collection.corpus
+    for question in _questions(options):
+        scores, positions = searcher(question, options.top)
+        passages = corpus.dataset.select([int(position) for position in positions])
+        for number, (score, passage) in enumerate(zip(scores, passages), start=1):
+            heading = f"{number}. {passage['title'] or passage['document_id']}  ({score:.3f})"
+            body = textwrap.shorten(passage["text"], options.width, placeholder=" ...")
+            sys.stdout.write(f"{heading}\n{textwrap.indent(textwrap.fill(body, 100), '   ')}\n\n")
+        sys.stdout.flush()
+
+
+VERB = Verb(
+    "search",
+    "Search a collection with a model.",
+    (DataOptions, SearchOptions, EncodeOptions),
+    run,
+    example="hf-distill search --data outputs/demo/data --model outputs/demo/student --query 'strip blanks'",
+)

@@ -1,0 +1,100 @@
+"""The command line: YAML and flags, and errors that a person can act on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+
+import pytest
+
+from hf_distill.cli.main import VERBS, main
+from hf_distill.cli.parsing import Verb, parse
+from hf_distill.errors import InputError
+
+
+@dataclass
+class Options:
+    name: str | None = field(default=None, metadata={"help": "A name."})
+    count: int = field(default=3, metadata={"help": "A number."})
+    rate: float = field(default=0.5, metadata={"help": "A rate."})
+    switch: bool = field(default=True, metadata={"help": "A switch."})
+    several: list[str] | None = field(default=None, metadata={"help": "Several."})
+    losses: str | None = field(default=None, metadata={"help": "JSON."})
+
+
+VERB = Verb("try", "Tries.", (Options,), run=print)
+
+
+def parsed(tmp_path, yaml: str, *flags: str) -> Options:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml)
+    return parse(VERB, ["--config", str(path), *flags])[0]
+
+
+def test_file_and_flags(tmp_path):
+    yaml = "name: a b\ncount: 7\nrate: 2e-5\nswitch: false\nseveral: [x, y z]\nlosses:\n- {name: kl, weight: 2}\n"
+    options = parsed(tmp_path, yaml, "--count", "9")
+    assert options == Options("a b", 9, 2e-5, False, ["x", "y z"], '[{"name": "kl", "weight": 2}]')
+    assert parsed(tmp_path, "") == Options()
+    assert parse(VERB, ["--several", "x", "y", "--switch", "false"])[0] == Options(several=["x", "y"], switch=False)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "flags", "message"),
+    [
+        ("cuont: 3", [], "config.yaml, field 'cuont': unknown field 'cuont'. Did you mean count"),
+        ("", ["--cuont", "3"], "Did you mean count"),
+        ("count: many", [], "invalid int value: 'many'"),
+        ("- a\n- b", [], "must map fields to values"),
+        ("a: [1", [], "not readable as YAML"),
+    ],
+)
+def test_errors_name_place_and_cure(tmp_path, yaml, flags, message):
+    with pytest.raises(InputError) as caught:
+        parsed(tmp_path, yaml, *flags)
+    assert message in str(caught.value)
+
+
+def test_missing_file():
+    with pytest.raises(InputError, match="there is no file nowhere.yaml"):
+        parse(VERB, ["--config", "nowhere.yaml"])
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_is_instant_and_imports_nothing_heavy(verb):
+    code = (
+        "import sys; from hf_distill.cli.main import main\n"
+        f"try: main([{verb!r}, '--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"hf-distill {verb} [--config FILE.yaml]" in done.stdout
+    assert "example:" in done.stdout
+    assert time.perf_counter() - start < 10  # a second or two on a quiet machine
+
+
+@pytest.mark.parametrize("verb", ["distill", "train", "mine", "score", "evaluate", "search"])
+def test_a_run_without_arguments_says_what_is_missing(verb, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([verb])
+    assert end.value.code == 2
+    assert "still needs --data" in capsys.readouterr().err
+
+
+def test_unknown_verb(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["distil"])
+    assert end.value.code == 2
+    assert "there is no verb 'distil'" in capsys.readouterr().err
+
+
+def test_scripts_are_the_same_verbs(pytestconfig):
+    for verb in ("train", "distill", "mine", "score", "evaluate"):
+        script = pytestconfig.rootpath / "run_scripts" / f"run_{verb}.py"
+        done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
+        assert done.stdout.startswith(f"usage: hf-distill {verb}"), done.stderr

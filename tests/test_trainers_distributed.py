@@ -1,0 +1,114 @@
+"""Loss and gradients on two processes equal one process on the joint batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hf_distill.data import RowSet, load_collection
+
+
+LOSSES = {
+    "contrastive_global": [{"name": "contrastive", "candidates": "global"}],
+    "contrastive_own": [{"name": "contrastive", "candidates": "own"}],
+    "kl_global": [{"name": "kl", "teacher": "dense", "candidates": "global"}],
+    "own_scores": [{"name": "kl", "teacher": "file"}, {"name": "margin_mse", "teacher": "ranker", "weight": 0.3}],
+    "embeddings": [{"name": "embedding_mse", "teacher": "dense", "weight": 5}],
+}
+
+
+def launch(processes: int, settings: Path) -> None:
+    script = str(Path(__file__).with_name("distributed_run.py"))
+    command = [sys.executable, script, str(settings)]
+    if processes > 1:
+        command = [
+            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
+            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+            script, str(settings),
+        ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, micro):
+    """Rows on disk: two positives for some queries, so that false negatives are masked; some rows unlabelled."""
+    collection = load_collection(micro, cache_dir=tmp_path_factory.mktemp("collection"))
+    positives = collection.qrels["train"].positives()
+    queries = collection.qrels["train"].query_positions()[:16]
+    generator = np.random.default_rng(5)
+    documents, counts, scores = [], [], []
+    for number, query in enumerate(queries):
+        relevant = positives.of(query)
+        # Few candidates for all queries, so that a query's positive is often another query's negative.
+        others = np.setdiff1d(np.arange(20), relevant)
+        pool = generator.choice(others, 5, replace=False)
+        labelled = number % 5 != 4
+        documents.append(np.concatenate([relevant, pool]) if labelled else pool)
+        counts.append(len(relevant) if labelled else 0)
+        scores.append(generator.normal(size=len(documents[-1])))
+    rows = RowSet.from_arrays(collection.queries, collection.corpus, queries, documents, counts, scores=scores)
+    return rows.save(tmp_path_factory.mktemp("rows") / "rows")
+
+
+def run(folder: Path, processes: int, name: str, micro, prepared, tiny_bert, tiny_ranker, **overrides):
+    """Trains 4 steps of 8 queries in all; returns what the run saw."""
+    settings = {
+        "collection": str(micro),
+        "rows": str(prepared),
+        "teacher": str(tiny_bert),
+        "ranker": str(tiny_ranker),
+        "result": str(folder / f"{name}-{processes}.json"),
+        "arguments": {
+            "output_dir": str(folder / f"{name}-{processes}"),
+            "use_cpu": True,
+            "per_device_train_batch_size": 8 // processes,
+            "num_negatives": 2,
+            "max_steps": 4,
+            "learning_rate": 1e-3,
+            "dropout": 0.0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "losses": json.dumps(LOSSES[name]),
+            **overrides,
+        },
+    }
+    path = folder / f"{name}-{processes}-settings.json"
+    path.write_text(json.dumps(settings))
+    launch(processes, path)
+    return json.loads(Path(settings["result"]).read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", LOSSES)
+def test_two_processes_equal_one(name, tmp_path, micro, prepared, tiny_bert, tiny_ranker):
+    one = run(tmp_path, 1, name, micro, prepared, tiny_bert, tiny_ranker)
+    two = run(tmp_path, 2, name, micro, prepared, tiny_bert, tiny_ranker)
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    assert two["engine"] == "DistributedDataParallel"
+    assert len(one["history"]) == 4
+    for step, (ours, theirs) in enumerate(zip(one["history"], two["history"])):
+        for part in set(ours) - {"epoch", "step", "learning_rate"}:
+            assert theirs[part] == pytest.approx(ours[part], rel=2e-4, abs=1e-6), (step, part)
+    for weight, total in one["weights"].items():
+        assert two["weights"][weight] == pytest.approx(total, rel=1e-4, abs=2e-3), weight
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_gradient_caching_on_two_processes(tmp_path, micro, prepared, tiny_bert, tiny_ranker):
+    name = "contrastive_global"
+    one = run(tmp_path, 1, name, micro, prepared, tiny_bert, tiny_ranker)
+    two = run(tmp_path, 2, name, micro, prepared, tiny_bert, tiny_ranker, gradient_cache_size=2)
+    for ours, theirs in zip(one["history"], two["history"]):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=2e-4)
+        assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=2e-4)
