@@ -53,8 +53,10 @@ def test_chunks_change_nothing(bert, chunks):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_joint_lookup_gives_the_gradients_of_separate_ones(bert, tied, monkeypatch):
-    model = DenseRetriever.from_pretrained(bert, tied=tied).train()
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "albert", "llama", "qwen2"])
+def test_the_joint_lookup_gives_the_gradients_of_separate_ones(tmp_path, tiny_tokenizer, family, tied, monkeypatch):
+    source = save_tiny(tmp_path / family, family, tokenizer_for(tiny_tokenizer))
+    model = DenseRetriever.from_pretrained(source, tied=tied).train()
     set_dropout(model, 0.0)
     calls = []
     for tower in model.towers.values():
@@ -106,15 +108,15 @@ def test_recomputation_frees_the_activations(bert):
 
 def test_every_trainable_parameter_gets_a_gradient(bert):
     model = DenseRetriever.from_pretrained(bert, projection_dim=8, tied=False).train()
-    model.add_projection("teacher", 12)
+    model.add_projection("teacher-v1.5", 12)
     processor = model.processor()
     output = model(
         query=batch_of(processor, processor.queries(WORDS), 2),
         passage=batch_of(processor, processor.passages(WORDS), 2),
     )
-    query, passage = output.projected["teacher"]
+    query, passage = output.projected["teacher-v1.5"]
     assert query.shape == passage.shape == (8, 12)
-    torch.testing.assert_close(query, model.training_modules["teacher"](output.query))
+    torch.testing.assert_close(query, model.training_modules["teacher-v1_5"](output.query))
     (query.sum() + passage.square().sum()).backward()
     lacking = [name for name, one in model.named_parameters() if one.requires_grad and one.grad is None]
     assert not lacking

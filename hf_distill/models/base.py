@@ -25,8 +25,9 @@ from .source import ModelSource
 
 logger = get_logger(__name__)
 
-# Backbones that do nothing with token ids but look up embeddings, so that a lookup for several chunks is the same.
+# The attentions that are switched with the mode; any other was somebody's choice.
 _USUAL = ("eager", "sdpa")
+# Backbones that do nothing with token ids but look up embeddings, so that a lookup for several chunks is the same.
 _PLAIN_LOOKUP = {"bert", "distilbert", "electra", "roberta", "xlm-roberta", "camembert", "albert", "llama", "qwen2",
                  "qwen3", "mistral"}  # fmt: skip
 

@@ -295,7 +295,9 @@ class DenseRetriever(RetrievalModel):
             vectors[kind] = torch.cat(parts)[batch["inverse"]]
         query_vectors, passage_vectors = vectors.get("query"), vectors.get("passage")
         projected = {
-            name: tuple(None if one is None else module(one) for one in (query_vectors, passage_vectors))
+            getattr(module, "label", name): tuple(
+                None if one is None else module(one) for one in (query_vectors, passage_vectors)
+            )
             for name, module in self.training_modules.items()
             if isinstance(module, nn.Linear)
         }
@@ -306,7 +308,10 @@ class DenseRetriever(RetrievalModel):
 
         Its outputs stand in [`RetrieverOutput`]`.projected[name]`; used to compare vectors of different widths.
         """
-        self.training_modules[name] = Projection(self.embedding_size, dimension).to(self.device, self.dtype)
+        projection = Projection(self.embedding_size, dimension).to(self.device, self.dtype)
+        # A module's name may not hold a dot, as in a teacher called bge-base-v1.5.
+        projection.label = name
+        self.training_modules[name.replace(".", "_")] = projection
 
     def similarity_scores(self, query: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
         """Training scores of queries `[Q, D]` with passages `[C, D]`: float32 `[Q, C]`, divided by the temperature."""
