@@ -1,6 +1,6 @@
-"""Run by the distributed tests, in one process or under `accelerate launch`: trains a few steps and writes what it saw.
+"""Run by the distributed tests, in one process or under `accelerate launch`: trains some steps, writes what it saw.
 
-    python tests/distributed_run.py SETTINGS.json
+    python tests/distributed_run.py SETTINGS.json     (a list of runs)
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,12 @@ from hf_distill.trainers import DistillTrainer, DistillTrainingArguments
 
 
 def main(path: str) -> None:
-    settings = json.loads(Path(path).read_text())
+    for settings in json.loads(Path(path).read_text()):
+        train(settings)
+    leave()
+
+
+def train(settings: dict[str, Any]) -> None:
     args = DistillTrainingArguments(**settings["arguments"])
     collection = load_collection(settings["collection"])
     rows = RowSet.load(settings["rows"], collection.queries, collection.corpus)
@@ -45,7 +51,6 @@ def main(path: str) -> None:
             "weights": {name: tensor.double().sum().item() for name, tensor in student.state_dict().items()},
         }
         write_json(settings["result"], seen)
-    leave()
 
 
 if __name__ == "__main__":
