@@ -162,7 +162,7 @@ def model_identity(inference: InferenceModel) -> dict[str, Any]:
     model = inference._source
     source = model.source
     return {
-        "model": str(model.name_or_path or type(model).__name__),
+        "model": str(source.name if source is not None else model.name_or_path or type(model).__name__),
         "revision": getattr(source, "revision", None),
         "weights": inference.key()["weights"],
         "settings": fingerprint(inference.key()),

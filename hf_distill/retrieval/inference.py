@@ -91,7 +91,7 @@ class InferenceModel:
     function and up to twice as fast. Outputs of [`DenseRetriever`] are pooled and normalised in float32 always.
 
     Args:
-        model: The model; its weights at this moment count.
+        model: The model. Make a new copy after it was trained further.
         dtype: Precision of the weights and the arithmetic; see `choose_dtype`.
         device: Where to run; by default on the model's GPU or the one that accelerate gives to this process.
         token_budget: Most tokens of a batch; by default what suits the device.
@@ -113,6 +113,7 @@ class InferenceModel:
         self.processor = model.processor()
         self._source = model
         self._model: RetrievalModel | None = None
+        self._key: dict[str, Any] | None = None
 
     @property
     def model(self) -> RetrievalModel:
@@ -128,12 +129,14 @@ class InferenceModel:
 
     def key(self) -> dict[str, Any]:
         """What determines this copy's outputs, for cache keys."""
-        return {
-            "weights": self._source.weights_fingerprint(),
-            "dtype": self.dtype,
-            "token_budget": self.token_budget,
-            **{f"processor_{name}": value for name, value in self.processor.settings().items()},
-        }
+        if self._key is None:
+            self._key = {
+                "weights": self._source.weights_fingerprint(),
+                "dtype": self.dtype,
+                "token_budget": self.token_budget,
+                **{f"processor_{name}": value for name, value in self.processor.settings().items()},
+            }
+        return self._key
 
     def encode(
         self, features: Sequence[Sequence[int]], kind: str, advance: Callable[[int], None] | None = None
@@ -153,7 +156,13 @@ class InferenceModel:
         token_types: Sequence[Sequence[int]] | None,
         advance: Callable[[int], None] | None = None,
     ) -> np.ndarray:
-        """Scores of tokenised pairs, `float32[n]`, of a [`CrossEncoderRanker`]; arguments as `processor.pairs` gives."""
+        """Scores of tokenised pairs, `float32[n]`, of a [`CrossEncoderRanker`].
+
+        Args:
+            features: Token ids, as `processor.pairs` returns them.
+            token_types: Token types, as it returns them too.
+            advance: Called with the number of pairs after every batch.
+        """
         return self._run(features, token_types, self.model.score_chunk, advance)
 
     def _run(

@@ -49,7 +49,12 @@ class EmbeddingStore:
 
     @classmethod
     def write(
-        cls, folder: str | os.PathLike, vectors: np.ndarray, table: TextTable, *, origin: Mapping[str, Any] | None = None
+        cls,
+        folder: str | os.PathLike,
+        vectors: np.ndarray,
+        table: TextTable,
+        *,
+        origin: Mapping[str, Any] | None = None,
     ) -> EmbeddingStore:
         """Stores vectors that were made elsewhere, so that they can teach.
 
@@ -73,11 +78,14 @@ class EmbeddingStore:
             )
         vectors = vectors if vectors.dtype == np.float16 else vectors.astype(np.float32)
         rows = default_shard_rows(len(vectors))
-        key = {"origin": dict(origin or {}), "table": table.fingerprint, "rows": len(table), "content": digest(vectors)}
+        key = {
+            "origin": dict(origin or {}),
+            "table": table.fingerprint,
+            "rows": len(table),
+            "content": digest(vectors),
+        }
         job = ShardedJob(folder, key, -(-len(vectors) // rows))
-        job.run(
-            lambda shard, path: write_array(path, vectors[shard * rows : (shard + 1) * rows]), "store embeddings"
-        )
+        job.run(lambda shard, path: write_array(path, vectors[shard * rows : (shard + 1) * rows]), "store embeddings")
         return cls(folder, table)
 
     def __len__(self) -> int:
@@ -110,7 +118,8 @@ class EmbeddingStore:
         for shard, end in zip(self._shards, self._ends.tolist()):
             begin = end - len(shard)
             if end > start and begin < stop:
-                parts.append(np.asarray(shard[max(0, start - begin) : stop - begin], dtype=np.float32))
+                # A copy: torch does not like the read-only memory of a mapped file.
+                parts.append(np.array(shard[max(0, start - begin) : stop - begin], dtype=np.float32))
         return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty((0, self.dim), np.float32)])
 
     def take(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
