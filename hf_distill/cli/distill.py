@@ -113,8 +113,11 @@ class Distillation:
                 where="--student",
                 cure="Name a bi-encoder as student (its Hub id or folder)",
             )
-        student = student_from(self.options.student, retriever, revision=self.options.student_revision, **overrides)
-        return student
+        if not self.options.student.startswith("layers:"):
+            return student_from(self.options.student, revision=self.options.student_revision, **overrides)
+        origin = next(spec.origin for spec in self.teachers if spec.model is retriever)
+        revision = self.options.teacher_revision if retriever is self.teachers[0].model else None
+        return student_from(self.options.student, origin, revision=revision, **overrides)
 
     def _row_source(self) -> Any:
         """Who mines the training rows: None (they are there), `"bm25"`, or a bi-encoder."""

@@ -44,7 +44,7 @@ def run(
         seed=options.seed,
         include_unlabelled=options.include_unlabelled,
         filter_teacher=load_model(options.filter_teacher) if options.filter_teacher else None,
-        name=name,
+        source=name,
     )
     steps.save_rows(rows, data, target, name)
     logger.info("%s rows written to %s", f"{len(rows):,}", target)

@@ -45,7 +45,9 @@ class RowOptions:
     )
     mine_depth: int = _option(200, "Passages retrieved for each query.")
     mine_negatives: int = _option(30, "Negatives kept for each query.")
-    mine_window: str = _option("1,200", "First and last rank that negatives are taken from.")
+    mine_window: str | None = _option(
+        None, "First and last rank that negatives are taken from, '10,100' say. Default: all that are retrieved."
+    )
     mine_margin: float | None = _option(
         None, "Drop candidates that score above the positive minus this margin (false negatives, probably)."
     )

@@ -172,14 +172,14 @@ def named_rows(data: Data, name: str) -> RowSet:
     )
 
 
-def parse_window(text: str) -> tuple[int, int]:
-    """`"1,200"` as first and last rank.
+def parse_window(text: str | None, depth: int) -> tuple[int, int]:
+    """`"1,200"` as first and last rank; None is everything that is retrieved.
 
     Raises:
         InputError: If it is anything else.
     """
     try:
-        first, last = (int(part) for part in text.split(","))
+        first, last = (int(part) for part in text.split(",")) if text is not None else (1, depth)
     except ValueError:
         first = last = 0
     if not 1 <= first <= last:
@@ -213,26 +213,41 @@ def mined_rows(
     *,
     index: str = "Flat",
     seed: int = 42,
+    **more: Any,
 ) -> RowSet:
-    """Mines training rows as `options` say."""
+    """Mines training rows as `options` say.
+
+    Args:
+        source: `"bm25"`, a bi-encoder, or a run.
+        data: The opened collection.
+        options: The person's wishes.
+        settings: Keyword arguments of encoding.
+        index: `"Flat"` or a FAISS factory string.
+        seed: Of all samples.
+        more: Further arguments of [`mine`].
+    """
     from ..retrieval import mine
 
-    queries = data.collection.qrels[data.train].query_positions()
-    if options.max_queries is not None and options.max_queries < len(queries):
-        queries = np.sort(np.random.default_rng(seed).choice(queries, options.max_queries, replace=False))
-    run = candidates_run(source, data, queries, options.mine_depth, settings, index)
+    queries = None
+    if options.max_queries is not None:
+        queries = data.collection.qrels[data.train].query_positions()
+        if options.max_queries < len(queries):
+            queries = np.sort(np.random.default_rng(seed).choice(queries, options.max_queries, replace=False))
     return mine(
-        run,
+        source,
         data.collection,
         data.train,
+        query_positions=queries,
+        factory=index,
         depth=options.mine_depth,
-        window=parse_window(options.mine_window),
+        window=parse_window(options.mine_window, options.mine_depth),
         num_negatives=options.mine_negatives,
         margin=options.mine_margin,
         relative_margin=options.mine_relative_margin,
         sampling=options.mine_sampling,
         seed=seed,
-        source=source if isinstance(source, str) else Path(source.name_or_path).name,
+        **settings,
+        **more,
     )
 
 
@@ -261,3 +276,45 @@ def evaluation_for(data: Data, args: Any, model: RetrievalModel) -> Any:
         candidates=candidates,
         seed=args.seed,
     )
+
+
+def row_folder(data: Data, output_dir: str | None, name: str) -> Path:
+    """Where a row set goes: `output_dir`, else into the collection's own folder."""
+    if output_dir is not None:
+        return Path(output_dir)
+    source = Path(data.collection.source)
+    if (source / "README.md").is_file() and (source / "corpus").is_dir():
+        return source / Path(name).name
+    raise InputError(
+        f"{data.collection.source} is no folder in this project's layout, so rows cannot be added to it",
+        where="--output_dir",
+        cure="Say where the rows should go",
+    )
+
+
+def save_rows(rows: RowSet, data: Data, folder: Path, name: str) -> None:
+    """Writes a row set, and tells the collection's card about it if it lies inside the collection."""
+    from ..data import add_row_set
+
+    if not is_main_process():
+        return
+    if folder.parent == Path(data.collection.source):
+        add_row_set(folder.parent, folder.name, rows)
+    else:
+        rows.save(folder)
+
+
+def warn_of_scores(rows: RowSet, column: str) -> None:
+    """Says when a teacher's scores look flat or saturated."""
+    import torch
+
+    from ..losses import check_teacher_scores
+
+    width = int(rows.lengths.max())
+    sample = np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int)
+    scores, keep = torch.zeros(len(sample), width), torch.zeros(len(sample), width, dtype=torch.bool)
+    for line, row in enumerate(sample):
+        values = torch.from_numpy(np.array(rows.values_at(column, int(row)), np.float32))
+        scores[line, : len(values)], keep[line, : len(values)] = values, True
+    for warning in check_teacher_scores(scores, keep):
+        logger.warning("%s: %s", column, warning)
