@@ -67,6 +67,7 @@ class Distillation:
         self.options, self.row_options, self.encode_options, self.args = options, row_options, encode_options, args
         self.steps = steps
         self.data = steps.Data.open(data_options)
+        steps.check_rows(self.data, row_options)
         self.encode = steps.encode_settings(encode_options, data_options)
         self.teachers = [self._open_teacher(number, origin) for number, origin in enumerate(options.teacher)]
         self.student = self._open_student(steps.model_overrides(model_options))

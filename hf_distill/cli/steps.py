@@ -205,8 +205,15 @@ def sample_rows(rows: RowSet, limit: int | None, seed: int) -> RowSet:
     return rows.select(np.sort(np.random.default_rng(seed).choice(len(rows), limit, replace=False)))
 
 
+def check_rows(data: Data, options: RowOptions) -> None:
+    """Raises [`InputError`] for wishes about rows that cannot be met, before anything is begun."""
+    parse_window(options.mine_window, options.mine_depth)
+    if options.rows is not None:
+        named_rows(data, options.rows)
+
+
 def mined_rows(
-    source: str | RetrievalModel,
+    retriever: str | RetrievalModel,
     data: Data,
     options: RowOptions,
     settings: Mapping[str, Any],
@@ -218,7 +225,7 @@ def mined_rows(
     """Mines training rows as `options` say.
 
     Args:
-        source: `"bm25"`, a bi-encoder, or a run.
+        retriever: `"bm25"`, a bi-encoder, or a run.
         data: The opened collection.
         options: The person's wishes.
         settings: Keyword arguments of encoding.
@@ -234,7 +241,7 @@ def mined_rows(
         if options.max_queries < len(queries):
             queries = np.sort(np.random.default_rng(seed).choice(queries, options.max_queries, replace=False))
     return mine(
-        source,
+        retriever,
         data.collection,
         data.train,
         query_positions=queries,

@@ -43,6 +43,7 @@ def run(
     from .reporting import Report
 
     data = steps.Data.open(data_options)
+    steps.check_rows(data, row_options)
     overrides = steps.model_overrides(model_options)
     if options.kind not in (None, "dense", "cross_encoder"):
         raise InputError(f"unknown kind {options.kind!r}", where="--kind", cure="Choose dense or cross_encoder")
