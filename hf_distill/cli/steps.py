@@ -78,12 +78,19 @@ def settings_of(*options: Any, **facts: Any) -> dict[str, Any]:
 
 
 def claim_output(folder: str | Path, settings: Mapping[str, Any]) -> Path:
-    """Makes `folder` the output of the run with these settings.
+    """Makes `folder` the output of the run with these settings; all processes must call it.
 
     Raises:
         InputError: If it is another run's, naming what differs, or holds files that are no run's.
     """
     folder = Path(folder)
+    if is_main_process():
+        _claim(folder, settings)
+    _wait_for_everyone()
+    return folder
+
+
+def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     key = folder / KEY_FILE
     if key.is_file():
         theirs = read_json(key)
@@ -102,9 +109,8 @@ def claim_output(folder: str | Path, settings: Mapping[str, Any]) -> Path:
             where=str(folder),
             cure="Choose another --output_dir, or remove that folder",
         )
-    elif is_main_process():
+    else:
         write_json(key, settings)
-    return folder
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
@@ -153,9 +159,42 @@ def encode_settings(options: EncodeOptions, data: DataOptions) -> dict[str, Any]
     }
 
 
-def model_overrides(options: ModelOptions) -> dict[str, Any]:
-    """The settings of a model that the person gave."""
-    return {name: value for name, value in asdict(options).items() if value is not None}
+def model_overrides(options: ModelOptions, ranker: bool = False) -> dict[str, Any]:
+    """The settings of a model that the person gave.
+
+    Raises:
+        InputError: If a cross-encoder is given settings that only bi-encoders have.
+    """
+    given = {name: value for name, value in asdict(options).items() if value is not None}
+    if not ranker:
+        return given
+    if "passage_length" in given:
+        given["max_length"] = given.pop("passage_length")
+    foreign = sorted(set(given) - {"query_prompt", "max_length", "template"})
+    if foreign:
+        raise InputError(
+            "a cross-encoder has no such setting",
+            where=", ".join(f"--{name}" for name in foreign),
+            cure="It knows --passage_length (of the pair), --query_prompt and --template",
+        )
+    return given
+
+
+def open_model(name: str, kind: str | None, revision: str | None, options: ModelOptions) -> RetrievalModel:
+    """Opens what is to be trained.
+
+    Args:
+        name: Hub id or folder.
+        kind: `"dense"`, `"cross_encoder"`, or None for what the checkpoint is.
+        revision: Branch, tag or commit.
+        options: The person's wishes.
+    """
+    from ..models import CrossEncoderRanker, DenseRetriever, load_model
+
+    if kind is None:
+        kind = "cross_encoder" if isinstance(load_model(name, revision=revision), CrossEncoderRanker) else "dense"
+    archetype = CrossEncoderRanker if kind == "cross_encoder" else DenseRetriever
+    return archetype.from_pretrained(name, revision=revision, **model_overrides(options, kind == "cross_encoder"))
 
 
 def named_rows(data: Data, name: str) -> RowSet:

@@ -37,21 +37,15 @@ def run(
         model=(options.model, "what to start from, a Hub id or folder"),
         output_dir=(args.output_dir, "where the model goes"),
     )
-    from ..models import CrossEncoderRanker, DenseRetriever, load_model
     from ..trainers import RetrievalTrainer
     from . import steps
     from .reporting import Report
 
     data = steps.Data.open(data_options)
     steps.check_rows(data, row_options)
-    overrides = steps.model_overrides(model_options)
     if options.kind not in (None, "dense", "cross_encoder"):
         raise InputError(f"unknown kind {options.kind!r}", where="--kind", cure="Choose dense or cross_encoder")
-    if options.kind == "dense":
-        loader = DenseRetriever.from_pretrained
-    else:
-        loader = CrossEncoderRanker.from_pretrained if options.kind == "cross_encoder" else load_model
-    model = loader(options.model, revision=options.model_revision, **overrides)
+    model = steps.open_model(options.model, options.kind, options.model_revision, model_options)
     settings = steps.settings_of(
         data_options,
         options,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +26,17 @@ from .arguments import RetrievalTrainingArguments
 
 
 STUDENT = "student"
+
+
+def _check_launch(args: RetrievalTrainingArguments) -> None:
+    # Without a GPU and without this flag every launched process would train a model of its own, and nobody would say.
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched > 1 and args.world_size == 1:
+        raise InputError(
+            f"{launched} processes were launched, but each would train alone: there is no GPU to train on",
+            where="launch",
+            cure="Add --use_cpu true (use_cpu=True in Python) to train on CPUs together",
+        )
 
 
 class BaseTrainer(Trainer):
@@ -61,6 +73,7 @@ class BaseTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
+        _check_launch(args)
         self.rows = rows
         self.terms = self.parse_losses(args)
         if args.dropout is not None:
