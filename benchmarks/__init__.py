@@ -1,0 +1,1 @@
+"""Measurements against sentence-transformers: `python benchmarks/run.py`."""
