@@ -119,8 +119,9 @@ class BM25Index:
             )
             # Numbers of this block's words in the common list.
             common = np.empty(len(found.vocab), dtype=np.int32)
-            for word, number in found.vocab.items():
-                common[number] = vocabulary.setdefault(word, len(vocabulary))
+            # bm25s numbers words in the order of a set, which Python shuffles from process to process.
+            for word in sorted(found.vocab):
+                common[found.vocab[word]] = vocabulary.setdefault(word, len(vocabulary))
             ids.extend(common[np.asarray(document, dtype=np.int64)] for document in found.ids)
         return ids, vocabulary
 

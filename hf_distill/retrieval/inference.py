@@ -6,7 +6,7 @@ import copy
 import functools
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +20,17 @@ from .packing import pack_linears, register_matmul_attention
 
 logger = get_logger(__name__)
 
-Dtype = Literal["auto", "float32", "bfloat16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Tokens of a batch, padding included. A batch of this size keeps a small encoder's activations in a CPU core's cache,
 # where larger batches are slower; a GPU wants to be filled.
-_BUDGETS = {"cpu": {"float32": 2048, "bfloat16": 2048}, "cuda": {"float32": 16384, "bfloat16": 32768}}
+_BUDGETS = {
+    ("cpu", "float32"): 2048,
+    ("cpu", "bfloat16"): 2048,
+    ("cuda", "float32"): 16384,
+    ("cuda", "bfloat16"): 32768,
+}
+_BUDGET_WITH_AMX = 4096
 _OTHER_BUDGET = 8192
 
 
@@ -40,6 +45,13 @@ def choose_dtype(dtype: str | None, device: torch.device | str) -> str:
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     return "bfloat16" if device.type == "cpu" and _cpu_has("amx_tile", "avx512_bf16") else "float32"
+
+
+def default_budget(device: torch.device, dtype: str) -> int:
+    """Tokens of a batch that suit a device."""
+    if device.type == "cpu" and dtype == "bfloat16" and _cpu_has("amx_tile"):
+        return _BUDGET_WITH_AMX
+    return _BUDGETS.get((device.type, dtype), _OTHER_BUDGET)
 
 
 def inference_device(model: RetrievalModel, device: str | torch.device | None = None) -> torch.device:
@@ -86,9 +98,9 @@ def pad_batch(rows: Sequence[Sequence[int]], fill: int, left: bool = False) -> n
 class InferenceModel:
     """A model for encoding or scoring many texts; the model it is made from stays as it is.
 
-    The copy shares the weights' memory in float32 and has its own in bfloat16; on x86 CPUs its linear layers hold
-    their weights in the layout of the matrix kernels (oneDNN), with GELU fused where it follows, which is the same
-    function and up to twice as fast. Outputs of [`DenseRetriever`] are pooled and normalised in float32 always.
+    On x86 CPUs its linear layers hold their weights in the layout of the matrix kernels (oneDNN), with GELU fused
+    where it follows: the same function, up to twice as fast. Outputs of [`DenseRetriever`] are pooled and normalised
+    in float32 always.
 
     Args:
         model: The model. Make a new copy after it was trained further.
@@ -107,9 +119,9 @@ class InferenceModel:
     ):
         self.device = inference_device(model, device)
         self.dtype = choose_dtype(dtype, self.device)
-        self.token_budget = token_budget or _BUDGETS.get(self.device.type, {}).get(self.dtype, _OTHER_BUDGET)
-        if self.token_budget < 1:
+        if token_budget is not None and token_budget < 1:
             raise InputError(f"{token_budget} tokens", where="token_budget", cure="Give a positive number")
+        self.token_budget = token_budget or default_budget(self.device, self.dtype)
         self.processor = model.processor()
         self._source = model
         self._model: RetrievalModel | None = None
@@ -213,7 +225,7 @@ class InferenceModel:
 
 
 def _inference_copy(model: RetrievalModel, dtype: torch.dtype, device: torch.device) -> RetrievalModel:
-    """A copy of the modules around the same tensors, or around converted ones where dtype or device differ.
+    """A copy of the modules around the same tensors, or around copies where dtype, device or alignment differ.
 
     Only the towers' parameters are converted: buffers (rotary frequencies, say) keep the precision that they were
     computed in, and projections run in float32 anyway.
@@ -223,14 +235,22 @@ def _inference_copy(model: RetrievalModel, dtype: torch.dtype, device: torch.dev
     for parameter in model.parameters():
         convert = id(parameter) in in_towers and parameter.is_floating_point()
         tensor = parameter.detach().to(device=device, dtype=dtype if convert else parameter.dtype)
-        memo[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
+        memo[id(parameter)] = nn.Parameter(_aligned(tensor), requires_grad=False)
     for buffer in model.buffers():
-        memo[id(buffer)] = buffer.detach().to(device)
+        memo[id(buffer)] = _aligned(buffer.detach().to(device))
     for shared in (model.tokenizer, model.source):
         memo[id(shared)] = shared
     duplicate = copy.deepcopy(model, memo).eval()
     use_attention(duplicate, "sdpa")
     return duplicate
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor at an address that is a multiple of 64, where MKL promises equal results from run to run.
+
+    Weights that were read from a safetensors file usually are not, and then differ in the last bit between processes.
+    """
+    return tensor.clone() if tensor.device.type == "cpu" and tensor.data_ptr() % 64 else tensor
 
 
 @functools.cache

@@ -265,7 +265,7 @@ def _vectors(
     The whole table is encoded if it is there already or if most of it is asked for; else only what is asked for.
     """
     used = np.unique(positions)
-    whole = encode_job(inference, table, kind, storage=storage, cache_dir=cache_dir)[0].is_complete()
+    whole = encode_job(inference, table, kind, storage=storage, cache_dir=cache_dir)[0].is_complete_for_all()
     if whole or 2 * len(used) >= len(table):
         return encode_table(inference, table, kind, storage=storage, cache_dir=cache_dir), positions
     logger.info("encoding the %s %s in use, of %s", f"{len(used):,}", table.noun, f"{len(table):,}")

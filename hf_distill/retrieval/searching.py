@@ -92,7 +92,7 @@ def search(
             "shard_rows": rows,
         }
         job = ShardedJob.cached("search", key, -(-len(query) // rows), folder)
-        if not job.is_complete():
+        if not job.is_complete_for_all():
             index = Index.build(
                 vectors,
                 factory,

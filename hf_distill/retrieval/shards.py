@@ -121,6 +121,14 @@ class ShardedJob:
         """Whether a manifest of this very key and all shards are there."""
         return self._state() == "ours" and not self.missing()
 
+    def is_complete_for_all(self) -> bool:
+        """`is_complete` as the main process sees it, the same in all processes: for decisions on common work."""
+        from accelerate import PartialState
+        from accelerate.utils import broadcast_object_list
+
+        seen = [self.is_complete() if PartialState().is_main_process else None]
+        return bool(broadcast_object_list(seen)[0])
+
     def advance(self, amount: int) -> None:
         """Moves the progress bar within a shard; for use inside `write_shard`."""
         if self._bar is not None:
