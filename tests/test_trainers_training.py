@@ -314,3 +314,39 @@ def test_too_few_rows_for_a_batch(tiny_bert, rows, tmp_path):
     args = arguments(tmp_path / "out", per_device_train_batch_size=10_000)
     with pytest.raises(InputError, match="do not fill one batch"):
         RetrievalTrainer(DenseRetriever.from_pretrained(tiny_bert), args, rows=rows)
+
+
+def test_frozen_word_embeddings_stay(tiny_bert, rows, tmp_path):
+    model = DenseRetriever.from_pretrained(tiny_bert)
+    before = weights(model)
+    RetrievalTrainer(model, arguments(tmp_path / "out", freeze_embeddings=True), rows=rows).train()
+    changed = {name for name, tensor in weights(model).items() if not torch.equal(before[name], tensor)}
+    assert "backbone.embeddings.word_embeddings.weight" not in changed
+    assert "backbone.embeddings.position_embeddings.weight" in changed
+    assert any("encoder.layer.3" in name for name in changed)
+
+
+def test_best_checkpoint_on_dev_is_kept(collection, tiny_bert, rows, tmp_path):
+    from hf_distill.evaluation import RetrievalEvaluation
+
+    model = DenseRetriever.from_pretrained(tiny_bert)
+    args = arguments(
+        tmp_path / "out",
+        max_steps=9,
+        learning_rate=3e-2,  # ruins the model, so that the first checkpoint is the best
+        warmup_steps=0,
+        eval_strategy="steps",
+        eval_steps=3,
+        save_strategy="steps",
+        save_steps=3,
+        load_best_model_at_end=True,
+    )
+    evaluation = RetrievalEvaluation(collection, "dev", measures=["nDCG@10", "RR@10"])
+    trainer = RetrievalTrainer(model, args, rows=rows, evaluation=evaluation)
+    trainer.train()
+    seen = {entry["step"]: entry["eval_nDCG@10"] for entry in trainer.state.log_history if "eval_nDCG@10" in entry}
+    best = max(seen, key=lambda step: (seen[step], -step))
+    assert list(seen) == [3, 6, 9] and trainer.state.best_global_step == best
+    assert evaluation(model)["nDCG@10"] == pytest.approx(seen[best], abs=1e-6)
+    kept = DenseRetriever.from_pretrained(tmp_path / "out" / f"checkpoint-{best}")
+    assert_same(weights(kept.backbone), weights(model.backbone))

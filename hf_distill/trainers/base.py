@@ -78,6 +78,9 @@ class BaseTrainer(Trainer):
         self.terms = self.parse_losses(args)
         if args.dropout is not None:
             set_dropout(model, args.dropout)
+        if args.freeze_embeddings:
+            for tower in model.towers.values():
+                tower.get_input_embeddings().requires_grad_(False)
         dataset = collator = None
         if rows is not None:
             dataset = self._make_dataset(rows, args, score_columns)

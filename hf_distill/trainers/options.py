@@ -48,6 +48,10 @@ class RetrievalOptions:
         "any batch size in constant memory, with the same loss and gradients.",
     )
     dropout: float | None = _option(None, "Dropout of the trained model. Default: the checkpoint's own.")
+    freeze_embeddings: bool = _option(
+        False,
+        "Leave the word embeddings as they are: most of a small model's weights, and a student has its teacher's.",
+    )
     eval_measures: str = _option("nDCG@10,RR@10,R@100", "Measures of the evaluation during training.")
     eval_depth: int = _option(100, "Passages retrieved (or re-ranked) for a query in an evaluation.")
     eval_corpus_size: int | None = _option(
