@@ -243,7 +243,11 @@ class Index:
                     cure="Choose fewer clusters or centroids, or Flat",
                 ) from None
         for start in progress(range(0, len(self), _ADD_BLOCK), label=f"build {self.factory}", unit="block"):
-            index.add(self._block(start, start + _ADD_BLOCK))
+            block = self._block(start, start + _ADD_BLOCK)
+            if type(index).__name__.startswith("IndexIDMap"):  # those want to be told the positions
+                index.add_with_ids(block, np.arange(start, start + len(block)))
+            else:
+                index.add(block)
         return index
 
     def _search_faiss(self, queries: np.ndarray, k: int, query_block: int) -> tuple[np.ndarray, np.ndarray]:
