@@ -78,6 +78,7 @@ class Distillation:
             model_options,
             encode_options,
             args,
+            processes=args.world_size,
             data_fingerprint=self.data.collection.fingerprint,
             student_weights=self.student.weights_fingerprint(),
             teacher_weights=[spec.model.weights_fingerprint() if spec.model else None for spec in self.teachers],
@@ -105,8 +106,11 @@ class Distillation:
         return TeacherSpec(name, origin, load_model(origin, revision=revision))
 
     def _open_student(self, overrides: dict[str, Any]) -> RetrievalModel:
+        from transformers import set_seed
+
         from ..models import student_from
 
+        set_seed(self.args.seed)  # of a new projection, which has to be the same when the run goes on later
         retriever = next((spec.model for spec in self.teachers if spec.model and not spec.is_ranker), None)
         if self.options.student.startswith("layers:") and retriever is None:
             raise InputError(

@@ -94,15 +94,19 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     key = folder / KEY_FILE
     if key.is_file():
         theirs = read_json(key)
+        begun = any(entry != key and not entry.name.endswith(".tmp") for entry in folder.iterdir())
         differing = sorted(name for name in {*theirs, *settings} if theirs.get(name) != settings.get(name))
-        if differing:
+        if differing and not begun:
+            write_json(key, settings)  # the other run ended before it left anything, at bad input for example
+        elif differing:
             shown = "; ".join(f"{name}: {theirs.get(name)!r}, now {settings.get(name)!r}" for name in differing[:5])
             raise InputError(
                 f"holds another run ({shown})",
                 where=str(folder),
                 cure="Choose another --output_dir, or remove that folder",
             )
-        logger.info("%s holds this run already: going on where it stopped.", folder)
+        elif begun:
+            logger.info("%s holds this run already: going on where it stopped.", folder)
     elif folder.is_dir() and any(folder.iterdir()):
         raise InputError(
             "is not empty and holds no run of this command",
@@ -124,10 +128,13 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
         random_states = len(list(Path(checkpoint).glob("rng_state*.pth")))
         try:
             read_json(Path(checkpoint) / "trainer_state.json")
-            complete = random_states >= world_size()
+            complete = True
         except (OSError, ValueError):
             complete = False
-        if complete:
+        if complete and not random_states:
+            logger.warning("%s holds a model alone (save_only_model): training starts at the beginning.", checkpoint)
+            return None
+        if complete and random_states >= world_size():
             return checkpoint
         logger.warning("%s was cut off while it was written; going back to the one before.", checkpoint)
         if is_main_process():
@@ -180,7 +187,7 @@ def model_overrides(options: ModelOptions, ranker: bool = False) -> dict[str, An
     return given
 
 
-def open_model(name: str, kind: str | None, revision: str | None, options: ModelOptions) -> RetrievalModel:
+def open_model(name: str, kind: str | None, revision: str | None, options: ModelOptions, seed: int) -> RetrievalModel:
     """Opens what is to be trained.
 
     Args:
@@ -188,12 +195,17 @@ def open_model(name: str, kind: str | None, revision: str | None, options: Model
         kind: `"dense"`, `"cross_encoder"`, or None for what the checkpoint is.
         revision: Branch, tag or commit.
         options: The person's wishes.
+        seed: Of weights that the checkpoint lacks (a new head, a projection), so that every process and a later
+            start of the same run begin with the same ones.
     """
+    from transformers import set_seed
+
     from ..models import CrossEncoderRanker, DenseRetriever, load_model
 
     if kind is None:
         kind = "cross_encoder" if isinstance(load_model(name, revision=revision), CrossEncoderRanker) else "dense"
     archetype = CrossEncoderRanker if kind == "cross_encoder" else DenseRetriever
+    set_seed(seed)
     return archetype.from_pretrained(name, revision=revision, **model_overrides(options, kind == "cross_encoder"))
 
 

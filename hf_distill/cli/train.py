@@ -45,7 +45,7 @@ def run(
     steps.check_rows(data, row_options)
     if options.kind not in (None, "dense", "cross_encoder"):
         raise InputError(f"unknown kind {options.kind!r}", where="--kind", cure="Choose dense or cross_encoder")
-    model = steps.open_model(options.model, options.kind, options.model_revision, model_options)
+    model = steps.open_model(options.model, options.kind, options.model_revision, model_options, args.seed)
     settings = steps.settings_of(
         data_options,
         options,
@@ -53,6 +53,7 @@ def run(
         model_options,
         encode_options,
         args,
+        processes=args.world_size,
         data_fingerprint=data.collection.fingerprint,
         start_weights=model.weights_fingerprint(),
     )

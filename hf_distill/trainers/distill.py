@@ -56,7 +56,9 @@ class DistillTrainer(RetrievalTrainer):
             raise InputError("give at least one teacher, each with a name of its own", where="teachers")
         self.primary = teachers[0]
         self.ranks_pairs = isinstance(model, CrossEncoderRanker)
-        self._add_projections(model, self.parse_losses(args))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed)
+            self._add_projections(model, self.parse_losses(args))
         super().__init__(
             model,
             args,

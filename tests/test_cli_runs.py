@@ -1,0 +1,55 @@
+"""Runs that begin, are cut off and go on: what an output folder belongs to, and what is refused before any work."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hf_distill.cli import steps
+from hf_distill.cli.main import main
+from hf_distill.errors import InputError
+
+
+SMALL = ["--use_cpu", "true", "--per_device_train_batch_size", "8", "--num_negatives", "3", "--report_to", "none"]
+SMALL += ["--max_steps", "2", "--mine_depth", "20", "--mine_negatives", "8"]
+
+
+def refusal(capsys, *argv: str) -> str:
+    """The sentence that a bad command ends with."""
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in argv])
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_new_head_is_the_same_when_the_run_goes_on(micro, tiny_bert, tmp_path):
+    command = ["train", "--data", micro, "--model", tiny_bert, "--kind", "cross_encoder"]
+    command = [*map(str, command), "--output_dir", str(tmp_path / "ranker"), *SMALL]
+    main(command)
+    weights = (tmp_path / "ranker" / "model.safetensors").read_bytes()
+    main(command)
+    assert (tmp_path / "ranker" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_folder_where_nothing_was_begun_is_free(tmp_path):
+    folder = steps.claim_output(tmp_path / "out", {"losses": "[kll]"})
+    steps.claim_output(folder, {"losses": "[kl]"})
+    assert json.loads((folder / steps.KEY_FILE).read_text()) == {"losses": "[kl]"}
+    (folder / "metrics.json").write_text("{}")
+    with pytest.raises(InputError, match="holds another run"):
+        steps.claim_output(folder, {"losses": "[kll]"})
+
+
+def test_another_number_of_processes_is_another_run(micro, tiny_bert, tmp_path):
+    command = ["train", "--data", str(micro), "--model", str(tiny_bert), "--output_dir", str(tmp_path / "out"), *SMALL]
+    main(command)
+    assert json.loads((tmp_path / "out" / steps.KEY_FILE).read_text())["processes"] == 1
+
+
+def test_checkpoints_of_the_model_alone_stay(tmp_path):
+    folder = tmp_path / "checkpoint-4"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text("{}")
+    assert steps.last_complete_checkpoint(tmp_path) is None
+    assert folder.is_dir()
