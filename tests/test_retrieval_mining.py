@@ -298,3 +298,21 @@ def test_bad_options(collection, model):
     with pytest.raises(InputError, match="no query to mine for"):
         mine(run, collection, "train")
     assert MiningOptions(window=(3, 9)).window == (3, 9)
+
+
+def test_a_relative_margin_lowers_negative_scores_too():
+    collection = task(1, 5, {"train": [(0, 0, 1)]})
+    scores = np.array([[-1.0, -1.05, -1.2, -1.3]], dtype=np.float32)
+    run = Run([0], np.array([[0, 1, 2, 3]]), scores)
+    assert negatives_of(mine(run, collection, "train", relative_margin=0.1)) == {0: [2, 3]}
+    positive = Run([0], np.array([[1, 0, 2, 3]]), np.array([[2.0, 1.0, 0.95, 0.5]], dtype=np.float32))
+    assert negatives_of(mine(positive, collection, "train", relative_margin=0.1)) == {0: [3]}
+
+
+def test_without_a_positives_score_a_margin_drops_nothing():
+    collection = task(1, 5, {"train": [(0, 4, 1)]})
+    run = Run([0], np.array([[0, 1]]), np.array([[3.0, 2.0]], dtype=np.float32))
+    rows = mine(run, collection, "train", margin=0.5)
+    assert negatives_of(rows) == {0: [0, 1]} and rows.metadata["mining"]["queries_without_reference"] == 1
+    assert rows.values_at("retriever_scores", 0).tolist() == [2.0, 3.0, 2.0]
+    assert rows.values_at("ranks", 0).tolist() == [0, 1, 2]
