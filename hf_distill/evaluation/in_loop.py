@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ class RetrievalEvaluation:
         num_queries: A seeded sample of the split's queries.
         candidates: The run to re-rank.
         seed: Of both samples.
+        cache_dir: Where scores lie while a ranker is measured, instead of the default cache folder.
     """
 
     def __init__(
@@ -44,7 +46,9 @@ class RetrievalEvaluation:
         num_queries: int | None = None,
         candidates: Run | None = None,
         seed: int = 0,
+        cache_dir: str | os.PathLike | None = None,
     ):
+        self.cache_dir = cache_dir
         self.collection, self.measures, self.depth = collection, tuple(measures), depth
         generator = np.random.default_rng(seed)
         qrels = collection.qrels[split]
@@ -82,15 +86,18 @@ class RetrievalEvaluation:
     def _rerank(self, model: CrossEncoderRanker) -> Run:
         from ..retrieval.score import rerank
 
-        return rerank(model, self.candidates, self.collection)
+        # Nothing is kept: these weights are gone after the next step.
+        return rerank(model, self.candidates, self.collection, cache_dir=self.cache_dir, keep=False)
 
     def _search(self, model: RetrievalModel) -> Run:
         from ..retrieval.index import Index
+        from ..retrieval.searching import cosine_of_raw_vectors
 
         template = model.config.template
         queries = self._encode(model, self.collection.queries.texts(self.queries), "query")
         passages = self._encode(model, self.collection.corpus.texts(self.documents, template), "passage")
-        scores, positions = Index.build(passages).search(queries, min(self.depth, len(passages)))
+        index = Index.build(passages, normalize=cosine_of_raw_vectors(model))
+        scores, positions = index.search(queries, min(self.depth, len(passages)))
         return Run(self.queries, np.where(positions >= 0, self.documents[positions], -1), scores)
 
     @staticmethod

@@ -156,9 +156,9 @@ class Searcher:
         return scores[0][found], positions[0][found]
 
 
-def cosine_of_raw_vectors(inference: InferenceModel) -> bool:
+def cosine_of_raw_vectors(model: DenseRetriever | InferenceModel) -> bool:
     """Whether a model is compared by cosine while its vectors have any length."""
-    config = inference._source.config
+    config = (model._source if isinstance(model, InferenceModel) else model).config
     return config.similarity == "cosine" and not config.normalize
 
 
