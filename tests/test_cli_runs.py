@@ -53,3 +53,30 @@ def test_checkpoints_of_the_model_alone_stay(tmp_path):
     (folder / "trainer_state.json").write_text("{}")
     assert steps.last_complete_checkpoint(tmp_path) is None
     assert folder.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--save_steps", "0.5", "--eval_steps", "0.3"], "multiple of the evaluation steps"),
+        (["--losses", "[kl"], "neither JSON nor YAML"),
+        (["--losses", "[nonsense]"], "unknown loss 'nonsense'"),
+        (["--losses", "[{name: kl, teacher: nobody}]"], "The teachers are: teacher"),
+        (["--losses", "[flops]"], "compares representations"),
+        (["--eval_measures", "nDCG@ten"], "unknown measure"),
+        (["--index", "nonsense"], "could not parse index string nonsense"),
+        (["--negative_sources", "{bm25"], "no JSON object"),
+        (["--num_negatives", "-1"], "not a number of negatives"),
+        (["--per_device_train_batch_size", "99"], "do not fill one batch"),
+        (["--mine_negatives", "0"], "Ask for one at least"),
+        (["--train_split", "nope"], "Its splits are: dev, test, train"),
+    ],
+)
+def test_bad_wishes_are_refused_before_any_work(flags, message, micro, tiny_bert, tmp_path, capsys):
+    command = ["distill", "--data", micro, "--teacher", tiny_bert, "--student", "layers:2"]
+    assert message in refusal(capsys, *command, "--output_dir", tmp_path / "out", *SMALL, *flags)
+    assert not (tmp_path / "out").exists()
+    if "teacher" not in message:
+        command = ["train", "--data", micro, "--model", tiny_bert, "--output_dir", tmp_path / "out"]
+        assert message in refusal(capsys, *command, *SMALL, *flags)
+        assert not (tmp_path / "out").exists()

@@ -10,7 +10,9 @@ import torch
 
 from hf_distill.data import RowSet, load_collection
 from hf_distill.errors import InputError
+from hf_distill.evaluation import RetrievalEvaluation, evaluate_system
 from hf_distill.models import CrossEncoderRanker, DenseRetriever, student_from
+from hf_distill.retrieval import search
 from hf_distill.teachers import CachedScores, LiveTeacher
 from hf_distill.trainers import (
     DistillTrainer,
@@ -281,6 +283,8 @@ def test_cached_and_live_teacher_give_equal_losses(tiny_bert, tiny_ranker, rows,
         ("[embedding_mse]", "Use a loss on scores"),
         ("[{name: kl, wieght: 2}]", "wieght"),
         ("[kl", "neither JSON nor YAML"),
+        ("[kl, flops]", "compares representations"),
+        ("[layer_alignment]", "compares layer_scores"),
     ],
 )
 def test_terms_that_cannot_be_computed_are_refused(losses, message, tiny_bert, rows, tmp_path):
@@ -288,6 +292,36 @@ def test_terms_that_cannot_be_computed_are_refused(losses, message, tiny_bert, r
     scored = rows.with_column("scores", [np.zeros(len(rows.documents_at(row))) for row in range(len(rows))])
     with pytest.raises(InputError, match=message):
         DistillTrainer(student_from("layers:2", tiny_bert), args, teachers=[CachedScores("file")], rows=scored)
+
+
+def test_terms_that_no_ranker_can_follow_are_refused(tiny_bert, tiny_ranker, rows, tmp_path):
+    teacher = LiveTeacher("teacher", DenseRetriever.from_pretrained(tiny_bert))
+    for losses, message in (("[{name: kl, candidates: global}]", "candidates: own"), ("[embedding_mse]", "has none")):
+        args = arguments(tmp_path / "out", DistillTrainingArguments, losses=losses)
+        with pytest.raises(InputError, match=message):
+            DistillTrainer(CrossEncoderRanker.from_pretrained(tiny_ranker), args, teachers=[teacher], rows=rows)
+
+
+def test_projections_follow_the_seed(tiny_bert, rows, tmp_path):
+    def projection():
+        model = DenseRetriever.from_pretrained(tiny_bert)
+        teacher = LiveTeacher("teacher", DenseRetriever.from_pretrained(tiny_bert, projection_dim=8))
+        args = arguments(tmp_path / "out", DistillTrainingArguments, losses="[embedding_mse]")
+        return weights(DistillTrainer(model, args, teachers=[teacher], rows=rows).model.training_modules)
+
+    assert_same(projection(), projection())
+
+
+def test_calibrated_scores_are_what_warnings_are_about(tiny_bert, rows, tmp_path, caplog):
+    generator = np.random.default_rng(0)
+    sharp = [300 * generator.normal(size=len(rows.documents_at(row))) for row in range(len(rows))]
+    scored = rows.with_column("scores", sharp)
+    caplog.set_level("WARNING", logger="hf_distill")
+    for losses, said in (("[kl]", True), ("[{name: kl, calibration: z_norm}]", False), ("[margin_mse]", False)):
+        caplog.clear()
+        args = arguments(tmp_path / "out", DistillTrainingArguments, losses=losses)
+        DistillTrainer(student_from("layers:2", tiny_bert), args, teachers=[CachedScores("file")], rows=scored)
+        assert any("saturated" in record.getMessage() for record in caplog.records) is said
 
 
 def test_flat_teacher_is_said_and_temperature_is_fitted(tiny_bert, rows, tmp_path, caplog):
@@ -303,7 +337,8 @@ def test_flat_teacher_is_said_and_temperature_is_fitted(tiny_bert, rows, tmp_pat
         )
 
     caplog.set_level("WARNING", logger="hf_distill")
-    confident = trainer(lambda n: np.r_[4.0, np.zeros(n - 1)] + np.random.default_rng(n).normal(size=n))
+    generator = np.random.default_rng(0)
+    confident = trainer(lambda n: np.r_[2.0, np.zeros(n - 1)] + generator.normal(size=n))
     assert 0 < confident.terms["kl"].calibration_temperature != 1.0
     assert not caplog.records
     trainer(lambda n: np.full(n, 0.5))
@@ -324,6 +359,20 @@ def test_frozen_word_embeddings_stay(tiny_bert, rows, tmp_path):
     assert "backbone.embeddings.word_embeddings.weight" not in changed
     assert "backbone.embeddings.position_embeddings.weight" in changed
     assert any("encoder.layer.3" in name for name in changed)
+
+
+def test_evaluation_in_the_loop_compares_as_the_model_does(collection, tiny_bert):
+    model = DenseRetriever.from_pretrained(tiny_bert)  # cosine of vectors of any length
+    with torch.no_grad():
+        model.backbone.encoder.layer[-1].output.LayerNorm.weight.mul_(torch.linspace(0.1, 4, 32))
+        model.backbone.encoder.layer[-1].output.LayerNorm.bias.add_(torch.linspace(-1, 1, 32))
+    assert (model.config.similarity, model.config.normalize) == ("cosine", False)
+    measures = ("nDCG@10", "RR@10", "AP@80")
+    found = RetrievalEvaluation(collection, "dev", measures=measures)(model)
+    queries = collection.qrels["dev"].query_positions()
+    run = search(model, collection, queries, 100)
+    expected = evaluate_system("model", run, collection, "dev", measures=measures).means
+    assert found == {name: pytest.approx(expected[name]) for name in measures}
 
 
 def test_best_checkpoint_on_dev_is_kept(collection, tiny_bert, rows, tmp_path):

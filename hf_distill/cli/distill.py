@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,13 +36,24 @@ class TeacherSpec:
     origin: str
     model: RetrievalModel | None = None
     column: str | None = None
-    figures: dict[str, float] = field(default_factory=dict)
 
     @property
     def is_ranker(self) -> bool:
         from ..models import CrossEncoderRanker
 
         return isinstance(self.model, CrossEncoderRanker)
+
+    @property
+    def candidate_sets(self) -> tuple[str, ...]:
+        """The candidates that it can score, see [`Teacher`]."""
+        from ..models.candidates import CANDIDATES
+
+        return ("own",) if self.model is None or self.is_ranker else CANDIDATES
+
+    @property
+    def embedding_size(self) -> int | None:
+        """Width of its embeddings; None if it has none."""
+        return None if self.model is None or self.is_ranker else self.model.embedding_size
 
 
 class Distillation:
@@ -67,10 +78,17 @@ class Distillation:
         self.options, self.row_options, self.encode_options, self.args = options, row_options, encode_options, args
         self.steps = steps
         self.data = steps.Data.open(data_options)
-        steps.check_rows(self.data, row_options)
         self.encode = steps.encode_settings(encode_options, data_options)
         self.teachers = [self._open_teacher(number, origin) for number, origin in enumerate(options.teacher)]
         self.student = self._open_student(steps.model_overrides(model_options))
+        steps.check_training(
+            self.data,
+            row_options,
+            args,
+            self.student,
+            index=encode_options.index,
+            teachers={spec.name: spec for spec in self.teachers},
+        )
         settings = steps.settings_of(
             data_options,
             options,

@@ -100,7 +100,13 @@ def parse(verb: Verb, argv: Sequence[str]) -> list[Any]:
     fields = {field.name: field for cls in classes for field in dataclasses.fields(cls) if field.init}
     from_file = _flags_of_file(config, fields) if config is not None else []
     _check_flags(argv, fields)
-    *parsed, _ = parser.parse_args_into_dataclasses([*from_file, *argv], look_for_args_file=False)
+    try:
+        *parsed, _ = parser.parse_args_into_dataclasses([*from_file, *argv], look_for_args_file=False)
+    except InputError:
+        raise
+    except (ValueError, ImportError) as error:
+        # TrainingArguments refuses some options together, and some without a library.
+        raise InputError(" ".join(str(error).split()), cure=f"See hf-distill {verb.name} --help_all") from error
     return parsed
 
 
@@ -140,7 +146,7 @@ def _flags_of_file(path: Path, fields: dict[str, Any]) -> list[str]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"not readable as YAML: {error}", where=str(path)) from error
+        raise InputError(f"not readable as YAML: {' '.join(str(error).split())}", where=str(path)) from error
     if content is None:
         return []
     if not isinstance(content, dict):

@@ -69,7 +69,7 @@ class Report:
         if self._bm25 is None:
             from ..retrieval import bm25_search
 
-            self._bm25 = bm25_search(self.data.collection, self.queries, self.depth)
+            self._bm25 = bm25_search(self.data.collection, self.queries, self.depth, cache_dir=self.data.cache_dir)
         return self._bm25
 
     def bm25(self) -> None:

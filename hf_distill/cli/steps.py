@@ -21,6 +21,7 @@ from .options import DataOptions, EncodeOptions, ModelOptions, RowOptions
 
 if TYPE_CHECKING:
     from ..models.base import RetrievalModel
+    from ..retrieval import MiningOptions
     from ..trainers.base import BaseTrainer
 
 logger = get_logger(__name__)
@@ -44,6 +45,7 @@ class Data:
     train: str
     eval: str | None
     test: str | None
+    cache_dir: str | None = None
 
     @classmethod
     def open(cls, options: DataOptions) -> Data:
@@ -55,7 +57,7 @@ class Data:
             "eval": options.eval_split or ("dev" if "dev" in collection.qrels else None),
             "test": options.test_split or ("test" if "test" in collection.qrels else None),
         }
-        return cls(collection, options.train_split, **found)
+        return cls(collection, options.train_split, **found, cache_dir=options.cache_dir)
 
 
 def check_split(collection: Collection, split: str | None, flag: str, required: bool = True) -> None:
@@ -214,7 +216,7 @@ def named_rows(data: Data, name: str) -> RowSet:
     if name in data.collection.row_sets:
         return data.collection.rows(name)
     if Path(name).is_dir():
-        return RowSet.load(name, data.collection.queries, data.collection.corpus)
+        return RowSet.load(name, data.collection.queries, data.collection.corpus, cache_dir=data.cache_dir)
     raise InputError(
         f"there is no row set {name!r}",
         where="--rows",
@@ -245,7 +247,7 @@ def candidates_run(
     from ..retrieval import bm25_search, search
 
     if source == "bm25":
-        return bm25_search(data.collection, queries, depth)
+        return bm25_search(data.collection, queries, depth, cache_dir=data.cache_dir)
     return search(source, data.collection, queries, depth, factory=index, **settings)
 
 
@@ -256,21 +258,72 @@ def sample_rows(rows: RowSet, limit: int | None, seed: int) -> RowSet:
     return rows.select(np.sort(np.random.default_rng(seed).choice(len(rows), limit, replace=False)))
 
 
-def check_rows(data: Data, options: RowOptions) -> None:
-    """Raises [`InputError`] for wishes about rows that cannot be met, before anything is begun."""
-    parse_window(options.mine_window, options.mine_depth)
-    if options.rows is not None:
-        named_rows(data, options.rows)
+def check_training(
+    data: Data,
+    row_options: RowOptions,
+    args: Any,
+    model: RetrievalModel,
+    *,
+    index: str,
+    teachers: Mapping[str, Any] | None = None,
+) -> None:
+    """Raises [`InputError`] for wishes about a training that cannot be met, before anything is begun.
+
+    Args:
+        data: The opened collection.
+        row_options: The person's wishes about rows.
+        args: Configuration of the trainer.
+        model: What is to be trained.
+        index: `"Flat"` or a FAISS factory string.
+        teachers: By name, each with `candidate_sets` and `embedding_size`.
+    """
+    from ..evaluation import parse_measure
+    from ..models import CrossEncoderRanker
+    from ..retrieval import empty_index
+    from ..trainers.base import check_batch, read_losses, read_sources
+    from ..trainers.retrieval import check_terms
+
+    ranks_pairs = isinstance(model, CrossEncoderRanker)
+    mining_options(row_options, args.seed)
+    if row_options.rows is not None:
+        number = len(named_rows(data, row_options.rows))
+    else:
+        number = len(data.collection.split(data.train).query_positions())
+    check_batch(number if row_options.max_queries is None else min(number, row_options.max_queries), args)
+    read_sources(args)
+    if args.losses is not None:
+        check_terms(read_losses(args.losses), ranks_pairs=ranks_pairs, teachers=teachers or {})
+    for measure in args.eval_measures.split(","):
+        parse_measure(measure)
+    if index != "Flat" and not ranks_pairs:
+        empty_index(index, model.embedding_size)
+
+
+def mining_options(options: RowOptions, seed: int, **more: Any) -> MiningOptions:
+    """The person's wishes about mining; `more` are further fields."""
+    from ..retrieval import MiningOptions
+
+    return MiningOptions(
+        depth=options.mine_depth,
+        window=parse_window(options.mine_window, options.mine_depth),
+        num_negatives=options.mine_negatives,
+        margin=options.mine_margin,
+        relative_margin=options.mine_relative_margin,
+        sampling=options.mine_sampling,
+        seed=seed,
+        **more,
+    )
 
 
 def mined_rows(
-    retriever: str | RetrievalModel,
+    retriever: str | RetrievalModel | Run,
     data: Data,
     options: RowOptions,
     settings: Mapping[str, Any],
     *,
     index: str = "Flat",
     seed: int = 42,
+    include_unlabelled: bool = False,
     **more: Any,
 ) -> RowSet:
     """Mines training rows as `options` say.
@@ -282,28 +335,23 @@ def mined_rows(
         settings: Keyword arguments of encoding.
         index: `"Flat"` or a FAISS factory string.
         seed: Of all samples.
+        include_unlabelled: Also make rows for queries without a positive.
         more: Further arguments of [`mine`].
     """
     from ..retrieval import mine
 
     queries = None
     if options.max_queries is not None:
-        queries = data.collection.qrels[data.train].query_positions()
+        queries = data.collection.split(data.train).query_positions()
         if options.max_queries < len(queries):
             queries = np.sort(np.random.default_rng(seed).choice(queries, options.max_queries, replace=False))
     return mine(
         retriever,
         data.collection,
         data.train,
+        options=mining_options(options, seed, include_unlabelled=include_unlabelled),
         query_positions=queries,
         factory=index,
-        depth=options.mine_depth,
-        window=parse_window(options.mine_window, options.mine_depth),
-        num_negatives=options.mine_negatives,
-        margin=options.mine_margin,
-        relative_margin=options.mine_relative_margin,
-        sampling=options.mine_sampling,
-        seed=seed,
         **settings,
         **more,
     )
@@ -323,7 +371,7 @@ def evaluation_for(data: Data, args: Any, model: RetrievalModel) -> Any:
         from ..retrieval import bm25_search
 
         queries = data.collection.qrels[data.eval].query_positions()
-        candidates = bm25_search(data.collection, queries, args.eval_depth)
+        candidates = bm25_search(data.collection, queries, args.eval_depth, cache_dir=data.cache_dir)
     return RetrievalEvaluation(
         data.collection,
         data.eval,
@@ -333,6 +381,7 @@ def evaluation_for(data: Data, args: Any, model: RetrievalModel) -> Any:
         num_queries=args.eval_queries,
         candidates=candidates,
         seed=args.seed,
+        cache_dir=data.cache_dir,
     )
 
 

@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = attach(
     {
         "evaluate": ["evaluate_system", "run_file"],
         "in_loop": ["RetrievalEvaluation"],
-        "measures": ["DEFAULT_MEASURES", "Result", "evaluate_run"],
+        "measures": ["DEFAULT_MEASURES", "Result", "evaluate_run", "parse_measure"],
         "plots": ["plot_report", "plot_tradeoff", "plot_training"],
         "report": [
             "load_metrics",

@@ -40,6 +40,7 @@ class Loss:
         teacher: Whether it needs a teacher.
         target: Whether it is empty for queries without a known positive.
         candidates: The candidate sets that it can take, its default first.
+        fewest: Queries with fewer candidates left by the mask are not part of its mean.
     """
 
     function: Callable[..., Tensor]
@@ -47,6 +48,7 @@ class Loss:
     teacher: bool = True
     target: bool = False
     candidates: tuple[str, ...] = CANDIDATES
+    fewest: int = 1
 
     @property
     def options(self) -> list[str]:
@@ -57,7 +59,7 @@ class Loss:
 LOSSES: dict[str, Loss] = {
     "contrastive": Loss(contrastive_loss, teacher=False, target=True, candidates=("global", "in_batch", "own")),
     "kl": Loss(kl_loss),
-    "margin_mse": Loss(margin_mse_loss),
+    "margin_mse": Loss(margin_mse_loss, fewest=2),
     "embedding_mse": Loss(embedding_mse_loss, inputs="embeddings", candidates=("own",)),
     "dkd": Loss(dkd_loss, target=True),
     "rank_consistency": Loss(rank_consistency_loss, candidates=("own",)),

@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = attach(
         "store": ["EmbeddingStore"],
         "inference": ["InferenceModel", "choose_dtype"],
         "encode": ["encode_table", "encode_texts"],
-        "index": ["Index"],
+        "index": ["Index", "empty_index"],
         "searching": ["Searcher", "search"],
         "bm25": ["bm25_search"],
         "mining": ["MiningOptions", "mine"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -181,14 +182,7 @@ class Index:
 
     def _build_faiss(self, search_options: str | None, train_rows: int, seed: int, cache_dir) -> None:
         faiss = _import_faiss()
-        try:
-            empty = faiss.index_factory(self.dim, self.factory, faiss.METRIC_INNER_PRODUCT)
-        except RuntimeError as error:
-            raise InputError(
-                f"FAISS cannot make {self.factory!r} for vectors of width {self.dim} ({_first_line(error)})",
-                where="index factory",
-                cure="Use Flat, or a factory string such as 'HNSW32,Flat', 'IVF1024,Flat' or 'IVF4096,PQ48'",
-            ) from None
+        empty = empty_index(self.factory, self.dim)
         if isinstance(self.vectors, EmbeddingStore) and self.vectors.key:
             key = {
                 "version": INDEX_VERSION,
@@ -220,7 +214,7 @@ class Index:
                 faiss.ParameterSpace().set_index_parameters(index, search_options)
             except RuntimeError as error:
                 raise InputError(
-                    f"{search_options!r} does not suit {self.factory} ({_first_line(error)})",
+                    f"{search_options!r} does not suit {self.factory} ({_reason(error)})",
                     where="search_options",
                     cure="Use for example nprobe=32 for IVF or efSearch=128 for HNSW",
                 ) from None
@@ -238,7 +232,7 @@ class Index:
                 index.train(_unit(vectors) if self.normalize else vectors)
             except RuntimeError as error:
                 raise InputError(
-                    f"{self.factory} cannot be trained on {count} vectors ({_first_line(error)})",
+                    f"{self.factory} cannot be trained on {count} vectors ({_reason(error)})",
                     where="index factory",
                     cure="Choose fewer clusters or centroids, or Flat",
                 ) from None
@@ -258,6 +252,23 @@ class Index:
         scores = np.where(positions < 0, -np.inf, scores).astype(np.float32)
         order = np.lexsort((positions, -scores), axis=1)
         return np.take_along_axis(scores, order, 1), np.take_along_axis(positions, order, 1)
+
+
+def empty_index(factory: str, dim: int) -> Any:
+    """An empty index of FAISS for vectors of width `dim`.
+
+    Raises:
+        InputError: If FAISS is missing or cannot read the factory string.
+    """
+    faiss = _import_faiss()
+    try:
+        return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise InputError(
+            f"FAISS cannot make {factory!r} for vectors of width {dim} ({_reason(error)})",
+            where="index factory",
+            cure="Use Flat, or a factory string such as 'HNSW32,Flat', 'IVF1024,Flat' or 'IVF4096,PQ48'",
+        ) from None
 
 
 def _best_keys(scores: torch.Tensor, k: int, first: int) -> torch.Tensor:
@@ -319,10 +330,11 @@ def _to_gpus(faiss: Any, index: Any, device: torch.device) -> Any:
             return faiss.index_cpu_to_all_gpus(index)
         return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), state.local_process_index, index)
     except RuntimeError as error:
-        logger.info("FAISS searches this index on the CPU (%s)", _first_line(error))
+        logger.info("FAISS searches this index on the CPU (%s)", _reason(error))
         return index
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """What FAISS says, without the place in its source."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:160]
+    return re.sub(r"^Error in .*? at \S+:\d+: ", "", lines[-1] if lines else type(error).__name__)[:160]

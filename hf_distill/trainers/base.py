@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import yaml
 from transformers import Trainer, TrainerCallback
 
 from ..data.collators import RetrievalCollator
@@ -19,7 +20,7 @@ from ..distributed import scale_gradient, sum_over_processes, world_size
 from ..errors import InputError
 from ..evaluation.in_loop import RetrievalEvaluation
 from ..files import write_json, write_text
-from ..losses.combine import LossTerm
+from ..losses.combine import LossTerm, parse_terms
 from ..models.base import RetrievalModel
 from ..models.dropout import set_dropout
 from .arguments import RetrievalTrainingArguments
@@ -36,6 +37,42 @@ def _check_launch(args: RetrievalTrainingArguments) -> None:
             f"{launched} processes were launched, but each would train alone: there is no GPU to train on",
             where="launch",
             cure="Add --use_cpu true (use_cpu=True in Python) to train on CPUs together",
+        )
+
+
+def read_losses(losses: Any) -> dict[str, LossTerm]:
+    """The option `losses` (JSON or YAML, or what such text stands for) as terms by their label in the log."""
+    try:
+        return parse_terms(yaml.safe_load(losses) if isinstance(losses, str) else losses)
+    except yaml.YAMLError as error:
+        raise InputError(f"neither JSON nor YAML: {' '.join(str(error).split())}", where="losses") from error
+
+
+def read_sources(args: RetrievalTrainingArguments) -> dict[str, float] | None:
+    """The option `negative_sources` as weights by source."""
+    if not args.negative_sources:
+        return None
+    try:
+        weights = json.loads(args.negative_sources)
+        return {str(name): float(weight) for name, weight in weights.items()}
+    except (ValueError, TypeError, AttributeError):
+        raise InputError(
+            f"{args.negative_sources!r} is no JSON object of weights",
+            where="negative_sources",
+            cure='Write for example \'{"bm25": 1, "dense": 2}\'',
+        ) from None
+
+
+def check_batch(num_rows: int, args: RetrievalTrainingArguments) -> None:
+    """Raises [`InputError`] if so many rows give no batch, or a batch no negatives."""
+    if args.num_negatives < 0:
+        raise InputError(f"{args.num_negatives} is not a number of negatives", where="num_negatives", cure="Use 0 up")
+    batch = args.per_device_train_batch_size * max(args.world_size, 1)
+    if args.dataloader_drop_last and num_rows < batch:
+        raise InputError(
+            f"{num_rows} training rows do not fill one batch of {batch} queries",
+            where="rows",
+            cure="Lower --per_device_train_batch_size, or bring more rows",
         )
 
 
@@ -102,24 +139,16 @@ class BaseTrainer(Trainer):
     def _make_dataset(
         self, rows: RowSet, args: RetrievalTrainingArguments, score_columns: Sequence[str]
     ) -> TrainingRows:
-        sources = json.loads(args.negative_sources) if args.negative_sources else None
-        dataset = TrainingRows(
+        check_batch(len(rows), args)
+        return TrainingRows(
             rows,
             num_negatives=args.num_negatives,
             sampling=args.negative_sampling,
             positive=args.positive_sampling,
             seed=args.data_seed if args.data_seed is not None else args.seed,
-            sources=sources,
+            sources=read_sources(args),
             score_columns=score_columns,
         )
-        batch = args.per_device_train_batch_size * max(args.world_size, 1)
-        if args.dataloader_drop_last and len(dataset) < batch:
-            raise InputError(
-                f"{len(dataset)} training rows do not fill one batch of {batch} queries",
-                where="rows",
-                cure="Lower --per_device_train_batch_size, or bring more rows",
-            )
-        return dataset
 
     def _make_collator(
         self,
@@ -164,16 +193,8 @@ class BaseTrainer(Trainer):
         raise NotImplementedError
 
     def parse_losses(self, args: RetrievalTrainingArguments) -> dict[str, LossTerm]:
-        """Reads `args.losses` (JSON or YAML) into terms by their label in the log."""
-        import yaml
-
-        from ..losses.combine import parse_terms
-
-        try:
-            spec = yaml.safe_load(args.losses) if isinstance(args.losses, str) else args.losses
-        except yaml.YAMLError as error:
-            raise InputError(f"neither JSON nor YAML: {error}", where="losses") from error
-        return parse_terms(spec if spec is not None else self.default_losses())
+        """The loss terms by their label in the log."""
+        return parse_terms(self.default_losses()) if args.losses is None else read_losses(args.losses)
 
     def loss_parts(self, model: RetrievalModel, output: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The weighted loss terms of a batch, by name: scalars whose sum is the loss of this process.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,11 +11,10 @@ import torch
 
 from ..console import get_logger
 from ..errors import InputError
-from ..losses import check_teacher_scores, fit_temperature
+from ..losses import calibrate, check_teacher_scores, fit_temperature
 from ..losses.combine import LossTerm
 from ..models.base import RetrievalModel
 from ..models.candidates import arrange
-from ..models.cross_encoder import CrossEncoderRanker
 from ..teachers.base import Teacher
 from .arguments import DistillTrainingArguments
 from .retrieval import BatchScores, RetrievalTrainer
@@ -55,10 +55,6 @@ class DistillTrainer(RetrievalTrainer):
         if not self.teachers or len(self.teachers) < len(teachers):
             raise InputError("give at least one teacher, each with a name of its own", where="teachers")
         self.primary = teachers[0]
-        self.ranks_pairs = isinstance(model, CrossEncoderRanker)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(args.seed)
-            self._add_projections(model, self.parse_losses(args))
         super().__init__(
             model,
             args,
@@ -76,41 +72,19 @@ class DistillTrainer(RetrievalTrainer):
         return [{"name": "kl", "candidates": "own" if self.ranks_pairs else self.primary.candidate_sets[-1]}]
 
     def teacher_of(self, term: LossTerm) -> Teacher:
-        """The teacher that a term follows.
-
-        Raises:
-            InputError: If there is none of that name.
-        """
-        if term.teacher is not None and term.teacher not in self.teachers:
-            raise InputError(
-                f"the loss {term.name!r} names the teacher {term.teacher!r}",
-                where="losses",
-                cure=f"The teachers are: {', '.join(self.teachers)}",
-            )
+        """The teacher that a term follows."""
         return self.primary if term.teacher is None else self.teachers[term.teacher]
 
-    def check_term(self, label: str, term: LossTerm) -> None:
-        if not term.loss.teacher:
-            super().check_term(label, term)
-            return
-        teacher = self.teacher_of(term)
-        if term.loss.inputs == "scores" and term.candidates not in teacher.candidate_sets:
-            raise InputError(
-                f"the teacher {teacher.name!r} cannot score {term.candidates} candidates for {label}",
-                where="losses",
-                cure=f"Set candidates to one of: {', '.join(teacher.candidate_sets)}",
-            )
-
-    def _add_projections(self, model: RetrievalModel, terms: Mapping[str, LossTerm]) -> None:
+    def prepare_model(self, model: RetrievalModel, terms: Mapping[str, LossTerm], seed: int) -> None:
         # Inside the trained module, so that optimiser, checkpoints and sharding see it; left out of the export.
-        for term in terms.values():
-            if term.loss.inputs != "embeddings":
-                continue
-            teacher = self.teacher_of(term)
-            if teacher.embedding_size is None:
-                teacher.embeddings({})
-            if teacher.embedding_size != model.embedding_size:
-                model.add_projection(teacher.name, teacher.embedding_size)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for term in terms.values():
+                if term.loss.inputs != "embeddings":
+                    continue
+                teacher = self.teacher_of(term)
+                if teacher.embedding_size != model.embedding_size:
+                    model.add_projection(teacher.name, teacher.embedding_size)
 
     def _look_at_scores(self) -> None:
         """Warns of teachers that say nothing, and fits the temperatures that were left open."""
@@ -128,13 +102,18 @@ class DistillTrainer(RetrievalTrainer):
                     )
                 continue
             scores = torch.stack([torch.from_numpy(example.scores[column]) for example in examples])
-            for warning in check_teacher_scores(scores):
-                logger.warning("teacher %s: %s", self.teacher_of(term).name, warning)
             if open_temperature:
                 target = torch.tensor([example.target for example in examples])
                 temperature = fit_temperature(scores, target)
                 logger.info("loss %s: fitted temperature %.4g", label, temperature)
-                self.terms[label] = replace(term, calibration_temperature=float(temperature))
+                self.terms[label] = term = replace(term, calibration_temperature=float(temperature))
+            softmax = inspect.signature(term.loss.function).parameters.get("temperature")
+            if softmax is None:
+                continue  # the warnings are about scores that go through a softmax
+            calibrated = calibrate(scores, term.calibration, temperature=term.calibration_temperature)
+            temperature = term.options.get("temperature", softmax.default)
+            for warning in check_teacher_scores(calibrated, temperature=temperature):
+                logger.warning("teacher %s: %s", self.teacher_of(term).name, warning)
 
     def loss_parts(self, model: RetrievalModel, output: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         for teacher in self.teachers.values():

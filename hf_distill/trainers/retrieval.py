@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from ..errors import InputError
-from ..losses.combine import LossTerm
+from ..losses.combine import LOSSES, LossTerm
 from ..models.base import RetrievalModel
 from ..models.candidates import arrange, candidate_layout, candidate_scores
 from ..models.cross_encoder import CrossEncoderRanker
@@ -41,6 +42,69 @@ class BatchScores:
         return self._scores[candidates]
 
 
+def check_terms(terms: Mapping[str, LossTerm], *, ranks_pairs: bool, teachers: Mapping[str, Any]) -> None:
+    """Looks whether loss terms can be computed, before anything is read or trained.
+
+    Args:
+        terms: By their label.
+        ranks_pairs: Whether the student is a cross-encoder.
+        teachers: Each with `candidate_sets` and `embedding_size`, as [`Teacher`] has them, the primary one first.
+
+    Raises:
+        InputError: For the first that cannot, with what would do.
+    """
+    for label, term in terms.items():
+        if term.loss.inputs not in ("scores", "embeddings"):
+            known = [name for name, loss in LOSSES.items() if loss.inputs in ("scores", "embeddings")]
+            raise InputError(
+                f"{label} compares {term.loss.inputs}, which these students do not give",
+                where="losses",
+                cure=f"Choose among {', '.join(known)}",
+            )
+        if ranks_pairs and term.loss.inputs == "embeddings":
+            raise InputError(
+                f"{label} compares embeddings, but a cross-encoder has none",
+                where="losses",
+                cure="Use a loss on scores (kl, margin_mse), or train a bi-encoder",
+            )
+        if ranks_pairs and term.candidates != "own":
+            raise InputError(
+                f"{label} compares {term.candidates} candidates, but a cross-encoder scores pairs",
+                where="losses",
+                cure="Set candidates: own",
+            )
+        if term.loss.teacher:
+            _check_teacher(label, term, teachers)
+
+
+def _check_teacher(label: str, term: LossTerm, teachers: Mapping[str, Any]) -> None:
+    if not teachers:
+        raise InputError(
+            f"{label} needs a teacher, but this training has none",
+            where="losses",
+            cure="Use the verb distill, or take the term out",
+        )
+    name = next(iter(teachers)) if term.teacher is None else term.teacher
+    if name not in teachers:
+        raise InputError(
+            f"the loss {term.name!r} names the teacher {name!r}",
+            where="losses",
+            cure=f"The teachers are: {', '.join(teachers)}",
+        )
+    if term.loss.inputs == "embeddings" and teachers[name].embedding_size is None:
+        raise InputError(
+            f"the teacher {name!r} has scores but no embeddings",
+            where="losses",
+            cure="Use a loss on scores (kl, margin_mse), or give a bi-encoder as teacher",
+        )
+    if term.loss.inputs == "scores" and term.candidates not in teachers[name].candidate_sets:
+        raise InputError(
+            f"the teacher {name!r} cannot score {term.candidates} candidates for {label}",
+            where="losses",
+            cure=f"Set candidates to one of: {', '.join(teachers[name].candidate_sets)}",
+        )
+
+
 class RetrievalTrainer(BaseTrainer):
     """Contrastive training of a [`DenseRetriever`] or a [`CrossEncoderRanker`]; also a teacher's warm-up.
 
@@ -50,30 +114,20 @@ class RetrievalTrainer(BaseTrainer):
 
     _name = "Contrastive training"
     _tags = ("hf_distill", "contrastive")
+    teachers: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, model: RetrievalModel, args: RetrievalTrainingArguments, **kwargs: Any):
         self.ranks_pairs = isinstance(model, CrossEncoderRanker)
-        for label, term in self.parse_losses(args).items():
-            self.check_term(label, term)
+        terms = self.parse_losses(args)
+        check_terms(terms, ranks_pairs=self.ranks_pairs, teachers=self.teachers)
+        self.prepare_model(model, terms, args.seed)
         super().__init__(model, args, **kwargs)
 
     def default_losses(self) -> list[dict[str, Any]]:
         return [{"name": "contrastive", "candidates": "own" if self.ranks_pairs else "global"}]
 
-    def check_term(self, label: str, term: LossTerm) -> None:
-        """Raises [`InputError`] for a term that this training cannot compute."""
-        if self.ranks_pairs and term.candidates != "own":
-            raise InputError(
-                f"{label} compares {term.candidates} candidates, but a cross-encoder scores pairs",
-                where="losses",
-                cure="Set candidates: own",
-            )
-        if term.loss.teacher:
-            raise InputError(
-                f"{label} needs a teacher, but this training has none",
-                where="losses",
-                cure="Use the verb distill, or take the term out",
-            )
+    def prepare_model(self, model: RetrievalModel, terms: Mapping[str, LossTerm], seed: int) -> None:
+        """Adds to the model what the terms need beside it; nothing here."""
 
     def loss_parts(self, model: RetrievalModel, output: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         student = BatchScores(model, output, batch)
@@ -88,4 +142,6 @@ class RetrievalTrainer(BaseTrainer):
         target, keep = candidate_layout(student.batch, term.candidates, term.mask_false_negatives)
         value = term(student.scores(term.candidates), self.teacher_scores(term, student), target, keep)
         counted = target >= 0 if term.loss.target else torch.ones_like(target, dtype=torch.bool)
+        if keep is not None:
+            counted = counted & (keep.sum(1) >= term.loss.fewest)
         return self.reduce_rows(value, counted, term.candidates)
