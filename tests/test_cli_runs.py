@@ -80,3 +80,35 @@ def test_bad_wishes_are_refused_before_any_work(flags, message, micro, tiny_bert
         command = ["train", "--data", micro, "--model", tiny_bert, "--output_dir", tmp_path / "out"]
         assert message in refusal(capsys, *command, *SMALL, *flags)
         assert not (tmp_path / "out").exists()
+
+
+def test_evaluation_without_a_folder_only_prints(micro, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["evaluate", "--data", str(micro), "--model", "bm25", "bm25", "--names", "one", "two", "--split", "dev"])
+    shown = capsys.readouterr().out
+    assert "micro/dev" in shown and "one" in shown and "two" in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_systems_that_are_not_there_are_said_before_any_is_measured(micro, tmp_path, capsys):
+    out = tmp_path / "figures"
+    command = ["evaluate", "--data", micro, "--model", "bm25", "nothing.trec", "--output_dir", out]
+    assert "there is no file nothing.trec" in refusal(capsys, *command)
+    assert "--split: micro has no judgements 'nope'" in refusal(capsys, *command[:4], "bm25", "--split", "nope")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "flag"),
+    [("mine", "--rows"), ("mine", "--mine_with"), ("evaluate", "--test_split"), ("score", "--index")]
+    + [("search", "--train_split")],
+)
+def test_verbs_refuse_what_they_would_not_use(verb, flag, capsys):
+    assert f"unknown field {flag[2:]!r}" in refusal(capsys, verb, flag, "x")
+
+
+def test_every_cache_lies_where_it_was_asked_for(micro, tiny_bert, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DISTILL_CACHE", str(tmp_path / "default"))
+    command = ["train", "--data", str(micro), "--model", str(tiny_bert), "--kind", "cross_encoder", *SMALL]
+    main([*command, "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "asked")])
+    assert (tmp_path / "asked" / "bm25").is_dir() and not (tmp_path / "default").exists()

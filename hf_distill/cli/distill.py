@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..console import get_logger, print_table
 from ..errors import InputError
-from .options import DataOptions, EncodeOptions, ModelOptions, RowOptions, StudentOptions
+from .options import DataOptions, IndexOptions, ModelOptions, RowOptions, StudentOptions
 from .parsing import Verb, require
 
 
@@ -25,7 +25,7 @@ logger = get_logger(__name__)
 def _arguments() -> tuple[type, ...]:
     from .training_arguments import DistillArguments
 
-    return (DataOptions, StudentOptions, RowOptions, ModelOptions, EncodeOptions, DistillArguments)
+    return (DataOptions, StudentOptions, RowOptions, ModelOptions, IndexOptions, DistillArguments)
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Distillation:
         options: StudentOptions,
         row_options: RowOptions,
         model_options: ModelOptions,
-        encode_options: EncodeOptions,
+        encode_options: IndexOptions,
         args: Any,
     ):
         from . import steps
@@ -421,7 +421,7 @@ def run(
     options: StudentOptions,
     row_options: RowOptions,
     model_options: ModelOptions,
-    encode_options: EncodeOptions,
+    encode_options: IndexOptions,
     args: Any,
 ) -> None:
     """Distils, evaluates, and writes the native student with its card."""
@@ -438,7 +438,7 @@ def run(
 VERB = Verb(
     "distill",
     "Train a small student from a strong teacher: mines, scores, trains and evaluates what is missing.",
-    (DataOptions, StudentOptions, RowOptions, ModelOptions, EncodeOptions),
+    (DataOptions, StudentOptions, RowOptions, ModelOptions, IndexOptions),
     run,
     _arguments,
     "hf-distill distill --teacher sentence-transformers/all-MiniLM-L6-v2 --student layers:3 --data BeIR/scifact "

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from ..errors import InputError
-from .options import DataOptions, EncodeOptions, EvaluateOptions
+from .options import CollectionOptions, EvaluateOptions, IndexOptions
 from .parsing import Verb, require
 
 
@@ -23,7 +23,7 @@ def system_names(models: list[str], names: list[str] | None) -> list[str]:
     return found
 
 
-def run(data_options: DataOptions, options: EvaluateOptions, encode_options: EncodeOptions) -> None:
+def run(data_options: CollectionOptions, options: EvaluateOptions, encode_options: IndexOptions) -> None:
     """Measures every system and prints the table; with an output folder also runs, figures and plots are kept."""
     require(
         "evaluate",
@@ -36,8 +36,9 @@ def run(data_options: DataOptions, options: EvaluateOptions, encode_options: Enc
     from . import steps
     from .reporting import Report
 
-    data_options.test_split = options.split
     data = steps.Data.open(data_options)
+    steps.check_split(data.collection, options.split, "--split")
+    data.test = options.split
     encode = steps.encode_settings(encode_options, data_options)
     report = Report(
         options.output_dir,
@@ -48,28 +49,33 @@ def run(data_options: DataOptions, options: EvaluateOptions, encode_options: Enc
         index=encode_options.index,
         relevance=options.relevance,
     )
-    models = [None if name == "bm25" or name.endswith(".trec") else load_model(name) for name in options.model]
+    models, runs = {}, {}
+    for origin in options.model:
+        if origin.endswith(".trec"):
+            if not Path(origin).is_file():
+                raise InputError(f"there is no file {origin}", where="--model", cure="Give the path of a TREC run")
+            runs[origin] = Run.load_trec(origin, data.collection.queries, data.collection.corpus)
+        elif origin != "bm25":
+            models[origin] = load_model(origin)
     rerank = None
     if options.rerank != "bm25":
         rerank = steps.candidates_run(
             load_model(options.rerank), data, report.queries, options.depth, encode, encode_options.index
         )
-    for name, origin, model in zip(names, options.model, models):
-        if model is not None:
-            report.model(name, model, rerank)
-        elif origin == "bm25":
-            report.bm25()
+    for name, origin in zip(names, options.model):
+        if origin in runs:
+            report.run(name, runs[origin])
+        elif origin in models:
+            report.model(name, models[origin], rerank)
         else:
-            if not Path(origin).is_file():
-                raise InputError(f"there is no file {origin}", where="--model", cure="Give the path of a TREC run")
-            report.run(name, Run.load_trec(origin, data.collection.queries, data.collection.corpus))
+            report.run(name, report.bm25_run())
     report.show()
 
 
 VERB = Verb(
     "evaluate",
     "Measure models, BM25 or TREC runs on a collection.",
-    (DataOptions, EvaluateOptions, EncodeOptions),
+    (CollectionOptions, EvaluateOptions, IndexOptions),
     run,
     example="hf-distill evaluate --data BeIR/scifact --model bm25 sentence-transformers/all-MiniLM-L6-v2",
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..console import get_logger
 from ..errors import InputError
-from .options import DataOptions, EncodeOptions, MineOptions, RowOptions
+from .options import CollectionOptions, IndexOptions, MineOptions, PoolOptions
 from .parsing import Verb, require
 
 
@@ -14,7 +14,7 @@ logger = get_logger(__name__)
 
 
 def run(
-    data_options: DataOptions, options: MineOptions, row_options: RowOptions, encode_options: EncodeOptions
+    data_options: CollectionOptions, options: MineOptions, pool_options: PoolOptions, encode_options: IndexOptions
 ) -> None:
     """Mines and saves a row set."""
     require("mine", data=(data_options.data, "the collection, a folder or Hub id"))
@@ -28,6 +28,7 @@ def run(
     from . import steps
 
     data = steps.Data.open(data_options)
+    data.train = options.train_split
     encode = steps.encode_settings(encode_options, data_options)
     name = options.name or _name_of(options.model or options.run)
     target = steps.row_folder(data, options.output_dir, name)
@@ -38,7 +39,7 @@ def run(
     rows = steps.mined_rows(
         source,
         data,
-        row_options,
+        pool_options,
         encode,
         index=encode_options.index,
         seed=options.seed,
@@ -57,7 +58,7 @@ def _name_of(origin: str) -> str:
 VERB = Verb(
     "mine",
     "Find hard negatives and write them as a row set.",
-    (DataOptions, MineOptions, RowOptions, EncodeOptions),
+    (CollectionOptions, MineOptions, PoolOptions, IndexOptions),
     run,
     example="hf-distill mine --data my_collection --model bm25 --output_dir outputs/rows",
 )

@@ -10,8 +10,8 @@ def _option(default, help_text: str, **metadata):
 
 
 @dataclass
-class DataOptions:
-    """Which collection, and which parts of it."""
+class CollectionOptions:
+    """Which collection."""
 
     _argument_group_name = "data"
 
@@ -19,30 +19,28 @@ class DataOptions:
         None, "The collection: a folder or Hub id in this project's layout, or in that of BEIR or MTEB."
     )
     data_revision: str | None = _option(None, "Branch, tag or commit of a collection on the Hub.")
-    train_split: str = _option("train", "Judgements to train on.")
-    eval_split: str | None = _option(
-        None, "Judgements for evaluation during training. Default: dev where there is one."
-    )
-    test_split: str | None = _option(None, "Judgements for the final table. Default: test where there is one.")
     cache_dir: str | None = _option(
         None, "Where embeddings, scores and indexes are kept. Default: $HF_DISTILL_CACHE or ~/.cache/hf_distill."
     )
 
 
 @dataclass
-class RowOptions:
-    """The training rows, and how to make them where there are none."""
+class DataOptions(CollectionOptions):
+    """Which collection, and which parts of it."""
+
+    train_split: str = _option("train", "Judgements to train on.")
+    eval_split: str | None = _option(
+        None, "Judgements for evaluation during training. Default: dev where there is one."
+    )
+    test_split: str | None = _option(None, "Judgements for the final table. Default: test where there is one.")
+
+
+@dataclass
+class PoolOptions:
+    """How candidates become training rows."""
 
     _argument_group_name = "training rows"
 
-    rows: str | None = _option(
-        None, "A row set: a name in the collection, or a folder. Default: mined now, as the options below say."
-    )
-    mine_with: str = _option(
-        "auto",
-        "Who finds the candidates: auto (a bi-encoder teacher, else bm25), bm25, teacher, student, "
-        "or a model id or folder.",
-    )
     mine_depth: int = _option(200, "Passages retrieved for each query.")
     mine_negatives: int = _option(30, "Negatives kept for each query.")
     mine_window: str | None = _option(
@@ -55,7 +53,21 @@ class RowOptions:
         None, "Drop candidates that score above the positive times (1 - margin), 0.05 say."
     )
     mine_sampling: str = _option("top", "Take the best of the window or a seeded sample.", choices=["top", "random"])
-    max_queries: int | None = _option(None, "Train on this many queries, a seeded sample. Default: all.")
+    max_queries: int | None = _option(None, "Use this many training queries, a seeded sample. Default: all.")
+
+
+@dataclass
+class RowOptions(PoolOptions):
+    """The training rows, and how to make them where there are none."""
+
+    rows: str | None = _option(
+        None, "A row set: a name in the collection, or a folder. Default: mined now, as the options here say."
+    )
+    mine_with: str = _option(
+        "auto",
+        "Who finds the candidates: auto (a bi-encoder teacher, else bm25), bm25, teacher, student, "
+        "or a model id or folder.",
+    )
 
 
 @dataclass
@@ -123,6 +135,12 @@ class EncodeOptions:
     dtype: str = _option("auto", "auto (bfloat16 where the hardware is fast at it), float32 or bfloat16.")
     storage: str = _option("float32", "Precision of stored embeddings: float32 or float16.")
     token_budget: int | None = _option(None, "Tokens of a batch. Default: what suits the device.")
+
+
+@dataclass
+class IndexOptions(EncodeOptions):
+    """How models are run outside training, and how passages are found."""
+
     index: str = _option("Flat", "Flat (exact) or any FAISS factory string.")
 
 
@@ -135,6 +153,7 @@ class MineOptions:
     model: str | None = _option(None, "Who finds the candidates: a Hub id or folder of a bi-encoder, or bm25.")
     model_revision: str | None = _option(None, "Its branch, tag or commit.")
     run: str | None = _option(None, "Take the candidates of this TREC run instead.")
+    train_split: str = _option("train", "Judgements whose queries get rows.")
     include_unlabelled: bool = _option(False, "Also make rows for queries without a positive.")
     filter_teacher: str | None = _option(
         None, "A model whose scores the margin refers to instead of the retriever's: false negatives are found by it."

@@ -28,7 +28,7 @@ class Report:
     """Measures systems on the test split and writes about them.
 
     Args:
-        folder: The output folder.
+        folder: The output folder; None to print only.
         data: The opened collection.
         encode: Keyword arguments of encoding.
         measures: Comma-separated measures.
@@ -39,7 +39,7 @@ class Report:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path | None,
         data: Data,
         encode: Mapping[str, Any],
         *,
@@ -48,7 +48,8 @@ class Report:
         index: str = "Flat",
         relevance: int = 1,
     ):
-        self.folder, self.data, self.encode = Path(folder), data, dict(encode)
+        self.folder = None if folder is None else Path(folder)
+        self.data, self.encode = data, dict(encode)
         self.measures = [name.strip() for name in measures.split(",")]
         self.depth, self.index, self.relevance = depth, index, relevance
         self.results: dict[str, dict[str, Any]] = {}
@@ -139,6 +140,8 @@ class Report:
         from ..evaluation import plot_report, print_summary
 
         print_summary({self.dataset: self.results}, self.measures)
+        if self.folder is None:
+            return
         history = self.folder / "history.json"
         from ..files import read_json
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from ..console import get_logger
 from ..errors import InputError
-from .options import DataOptions, EncodeOptions, ScoreOptions
+from .options import CollectionOptions, EncodeOptions, ScoreOptions
 from .parsing import Verb, require
 
 
 logger = get_logger(__name__)
 
 
-def run(data_options: DataOptions, options: ScoreOptions, encode_options: EncodeOptions) -> None:
+def run(data_options: CollectionOptions, options: ScoreOptions, encode_options: EncodeOptions) -> None:
     """Scores and saves a row set."""
     require(
         "score",
@@ -44,7 +44,7 @@ def run(data_options: DataOptions, options: ScoreOptions, encode_options: Encode
 VERB = Verb(
     "score",
     "Write a teacher's scores into a row set.",
-    (DataOptions, ScoreOptions, EncodeOptions),
+    (CollectionOptions, ScoreOptions, EncodeOptions),
     run,
     example="hf-distill score --data my_collection --rows outputs/rows --model cross-encoder/ms-marco-MiniLM-L6-v2",
 )

@@ -6,7 +6,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 
-from .options import DataOptions, EncodeOptions, SearchOptions
+from .options import CollectionOptions, IndexOptions, SearchOptions
 from .parsing import Verb, require
 
 
@@ -25,7 +25,7 @@ def _questions(options: SearchOptions) -> Iterator[str]:
             yield line.strip()
 
 
-def run(data_options: DataOptions, options: SearchOptions, encode_options: EncodeOptions) -> None:
+def run(data_options: CollectionOptions, options: SearchOptions, encode_options: IndexOptions) -> None:
     """Answers one question, or every line of standard input."""
     require(
         "search",
@@ -58,7 +58,7 @@ def run(data_options: DataOptions, options: SearchOptions, encode_options: Encod
 VERB = Verb(
     "search",
     "Search a collection with a model.",
-    (DataOptions, SearchOptions, EncodeOptions),
+    (CollectionOptions, SearchOptions, IndexOptions),
     run,
     example="hf-distill search --data outputs/demo/data --model outputs/demo/student --query 'strip blanks'",
 )

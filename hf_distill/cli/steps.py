@@ -16,7 +16,7 @@ from ..data import Collection, RowSet, Run, load_collection
 from ..errors import InputError
 from ..files import read_json, write_json
 from ..hub.manifest import without_secrets
-from .options import DataOptions, EncodeOptions, ModelOptions, RowOptions
+from .options import CollectionOptions, DataOptions, EncodeOptions, ModelOptions, PoolOptions, RowOptions
 
 
 if TYPE_CHECKING:
@@ -48,21 +48,22 @@ class Data:
     cache_dir: str | None = None
 
     @classmethod
-    def open(cls, options: DataOptions) -> Data:
+    def open(cls, options: CollectionOptions) -> Data:
         """Loads and checks the collection; a split that was asked for must be there."""
         collection = load_collection(options.data, revision=options.data_revision, cache_dir=options.cache_dir)
-        for field in ("train_split", "eval_split", "test_split"):
-            check_split(collection, getattr(options, field), f"--{field}", required=field != "train_split")
-        found = {
-            "eval": options.eval_split or ("dev" if "dev" in collection.qrels else None),
-            "test": options.test_split or ("test" if "test" in collection.qrels else None),
-        }
-        return cls(collection, options.train_split, **found, cache_dir=options.cache_dir)
+        found = {name: name if name in collection.qrels else None for name in ("dev", "test")}
+        data = cls(collection, "train", found["dev"], found["test"], cache_dir=options.cache_dir)
+        if isinstance(options, DataOptions):
+            check_split(collection, options.eval_split, "--eval_split")
+            check_split(collection, options.test_split, "--test_split")
+            data.train = options.train_split
+            data.eval, data.test = options.eval_split or data.eval, options.test_split or data.test
+        return data
 
 
-def check_split(collection: Collection, split: str | None, flag: str, required: bool = True) -> None:
+def check_split(collection: Collection, split: str | None, flag: str) -> None:
     """Raises [`InputError`] if a split was named that has no judgements."""
-    if split is not None and split not in collection.qrels and required:
+    if split is not None and split not in collection.qrels:
         raise InputError(
             f"{collection.name} has no judgements {split!r}",
             where=flag,
@@ -158,7 +159,7 @@ def finish_training(trainer: BaseTrainer) -> None:
     trainer.write_history()
 
 
-def encode_settings(options: EncodeOptions, data: DataOptions) -> dict[str, Any]:
+def encode_settings(options: EncodeOptions, data: CollectionOptions) -> dict[str, Any]:
     """Keyword arguments of [`encode_table`] and of what stands on it."""
     return {
         "dtype": options.dtype,
@@ -299,7 +300,7 @@ def check_training(
         empty_index(index, model.embedding_size)
 
 
-def mining_options(options: RowOptions, seed: int, **more: Any) -> MiningOptions:
+def mining_options(options: PoolOptions, seed: int, **more: Any) -> MiningOptions:
     """The person's wishes about mining; `more` are further fields."""
     from ..retrieval import MiningOptions
 
@@ -318,7 +319,7 @@ def mining_options(options: RowOptions, seed: int, **more: Any) -> MiningOptions
 def mined_rows(
     retriever: str | RetrievalModel | Run,
     data: Data,
-    options: RowOptions,
+    options: PoolOptions,
     settings: Mapping[str, Any],
     *,
     index: str = "Flat",

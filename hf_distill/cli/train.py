@@ -6,7 +6,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .options import DataOptions, EncodeOptions, ModelOptions, RowOptions, TrainOptions
+from .options import DataOptions, IndexOptions, ModelOptions, RowOptions, TrainOptions
 from .parsing import Verb, require
 
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def _arguments() -> tuple[type, ...]:
     from .training_arguments import TrainArguments
 
-    return (DataOptions, TrainOptions, RowOptions, ModelOptions, EncodeOptions, TrainArguments)
+    return (DataOptions, TrainOptions, RowOptions, ModelOptions, IndexOptions, TrainArguments)
 
 
 def run(
@@ -27,7 +27,7 @@ def run(
     options: TrainOptions,
     row_options: RowOptions,
     model_options: ModelOptions,
-    encode_options: EncodeOptions,
+    encode_options: IndexOptions,
     args: Any,
 ) -> None:
     """Trains, evaluates, and writes the native checkpoint with its card."""
@@ -100,7 +100,7 @@ def _rows(
 VERB = Verb(
     "train",
     "Train a bi-encoder or a cross-encoder on labelled rows; hard negatives are mined if there are none.",
-    (DataOptions, TrainOptions, RowOptions, ModelOptions, EncodeOptions),
+    (DataOptions, TrainOptions, RowOptions, ModelOptions, IndexOptions),
     run,
     _arguments,
     "hf-distill train --data BeIR/scifact --model microsoft/MiniLM-L12-H384-uncased --kind cross_encoder "
