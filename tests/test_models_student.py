@@ -144,3 +144,15 @@ def test_cuts_that_cannot_be_made(tmp_path, tiny_tokenizer):
     assert len(student_from("layers:2", t5).backbone.encoder.block) == 2
     with pytest.raises(InputError, match="no complete backbone"):
         student_from("layers:2:last", t5)
+
+
+def test_layers_by_number(tiny_bert):
+    teacher = DenseRetriever.from_pretrained(tiny_bert)
+    student = student_from("layers:1,4", tiny_bert)
+    for ours, theirs in zip(student.backbone.encoder.layer, (0, 3)):
+        expected = teacher.backbone.encoder.layer[theirs].state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.state_dict().items())
+    assert student.backbone.config.num_hidden_layers == 2
+    for wrong in ("layers:4,1", "layers:1,1", "layers:0,2", "layers:1,2:even", "layers:a,b", "layers:1,5"):
+        with pytest.raises(InputError, match="layers"):
+            student_from(wrong, tiny_bert)

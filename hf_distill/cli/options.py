@@ -117,7 +117,8 @@ class StudentOptions:
     )
     teacher_dtype: str = _option("auto", "Precision of the teacher: auto, float32 or bfloat16.")
     student: str | None = _option(
-        None, "layers:N, layers:N:last or layers:N:even of the first bi-encoder teacher, or any Hub id or folder."
+        None,
+        "layers:N, layers:N:last, layers:N:even or layers:1,5,6 of the first bi-encoder teacher, or any Hub id or folder.",
     )
     student_revision: str | None = _option(None, "Its branch, tag or commit.")
     baseline: bool = _option(
@@ -219,4 +220,4 @@ class DemoOptions:
     num_passages: int = _option(8000, "Functions and classes whose documentation is collected.")
     seed: int = _option(13, "Of the collection and of training.")
     teacher: str = _option("sentence-transformers/all-MiniLM-L6-v2", "The teacher.")
-    student: str = _option("layers:3", "The student.")
+    student: str = _option("layers:1,5,6", "The student: here layers 1, 5 and 6 of the six of the teacher.")

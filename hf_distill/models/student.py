@@ -33,7 +33,8 @@ def student_from(
 
     Args:
         spec: `"layers:N"` for the teacher's first N layers, `"layers:N:last"` or `"layers:N:even"` (evenly spaced, the
-            first and the last among them), or any model id or folder, which is opened as it is.
+            first and the last among them), `"layers:1,5,6"` for these, counted from 1, or any model id or folder,
+            which is opened as it is.
         teacher: Whose layers are meant: a model id, folder or model. Its pooling, prompts and lengths are kept.
         revision: Branch, tag or commit of the model on the Hub.
         overrides: Settings that replace the model's own, as in [`DenseRetriever.from_pretrained`].
@@ -47,7 +48,7 @@ def student_from(
     spec = str(spec)
     if not spec.startswith("layers:"):
         return load_model(spec, revision=revision, **overrides)
-    count, choice = _parse(spec)
+    wanted = _parse(spec)
     if teacher is None:
         raise InputError("there is no teacher to take layers from", where=f"student {spec!r}", cure="Name a teacher")
     if isinstance(teacher, RetrievalModel):
@@ -66,11 +67,12 @@ def student_from(
     else:
         model = load_model(teacher, revision=revision, **overrides)
     total = len(layer_list(model.backbone)[1])
-    if count > total:
+    if (wanted[-1] + 1 if isinstance(wanted, list) else wanted[0]) > total:
         raise InputError(
             f"the teacher has {total} layers", where=f"student {spec!r}", cure=f"Ask for at most {total} layers"
         )
-    return reduce_layers(model, layer_positions(count, total, choice))
+    positions = wanted if isinstance(wanted, list) else layer_positions(wanted[0], total, wanted[1])
+    return reduce_layers(model, positions)
 
 
 def load_model(
@@ -183,13 +185,19 @@ def _reduced(backbone: PreTrainedModel, positions: list[int]) -> PreTrainedModel
     return reduced.to(backbone.device)
 
 
-def _parse(spec: str) -> tuple[int, str]:
+def _parse(spec: str) -> tuple[int, str] | list[int]:
+    """`"layers:3:even"` as (3, "even"), `"layers:1,5,6"` as [0, 4, 5]."""
     parts = spec.split(":")
     choice = parts[2] if len(parts) > 2 else "first"
-    if len(parts) > 3 or not parts[1].isdigit() or int(parts[1]) < 1 or choice not in _CHOICES:
-        raise InputError(
-            f"{spec!r} is no choice of layers",
-            where="student",
-            cure="Write layers:3, layers:3:last or layers:3:even, or a model id",
-        )
-    return int(parts[1]), choice
+    named = parts[1].split(",")
+    if len(parts) <= 3 and all(number.isdigit() and int(number) >= 1 for number in named):
+        numbers = [int(number) for number in named]
+        if len(numbers) == 1 and choice in _CHOICES:
+            return numbers[0], choice
+        if len(parts) == 2 and len(numbers) > 1 and numbers == sorted(set(numbers)):
+            return [number - 1 for number in numbers]
+    raise InputError(
+        f"{spec!r} is no choice of layers",
+        where="student",
+        cure="Write layers:3, layers:3:last, layers:3:even, the layers' numbers as in layers:1,5,6, or a model id",
+    )
