@@ -118,7 +118,7 @@ class StudentOptions:
     teacher_dtype: str = _option("auto", "Precision of the teacher: auto, float32 or bfloat16.")
     student: str | None = _option(
         None,
-        "layers:N, layers:N:last, layers:N:even or layers:1,5,6 of the first bi-encoder teacher, or any Hub id or folder.",
+        "layers:N, layers:N:last, layers:N:even or layers:1,5,6 of the first bi-encoder teacher, or any Hub id.",
     )
     student_revision: str | None = _option(None, "Its branch, tag or commit.")
     baseline: bool = _option(
