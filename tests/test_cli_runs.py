@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -41,6 +43,19 @@ def test_a_folder_where_nothing_was_begun_is_free(tmp_path):
         steps.claim_output(folder, {"losses": "[kll]"})
 
 
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    folder = steps.claim_output(tmp_path / "out", {"seed": 1})
+    steps.claim_output(folder, {"seed": 1})
+    code = f"from hf_distill.cli.steps import claim_output; claim_output({str(folder)!r}, {{'seed': 1}})"
+    second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "another process is working on this run" in second.stderr
+
+
+def test_a_ranker_is_no_student_of_the_verb(micro, tiny_bert, tiny_ranker, tmp_path, capsys):
+    command = ["distill", "--data", micro, "--teacher", tiny_bert, "--student", tiny_ranker]
+    assert "is a cross-encoder" in refusal(capsys, *command, "--output_dir", tmp_path / "out", *SMALL)
+
+
 def test_another_number_of_processes_is_another_run(micro, tiny_bert, tmp_path):
     command = ["train", "--data", str(micro), "--model", str(tiny_bert), "--output_dir", str(tmp_path / "out"), *SMALL]
     main(command)
@@ -69,6 +84,7 @@ def test_checkpoints_of_the_model_alone_stay(tmp_path):
         (["--num_negatives", "-1"], "not a number of negatives"),
         (["--per_device_train_batch_size", "99"], "do not fill one batch"),
         (["--mine_negatives", "0"], "Ask for one at least"),
+        (["--teacher_dtype", "float8", "--dtype", "float8"], "invalid choice: 'float8'"),
         (["--train_split", "nope"], "Its splits are: dev, test, train"),
     ],
 )
@@ -76,7 +92,7 @@ def test_bad_wishes_are_refused_before_any_work(flags, message, micro, tiny_bert
     command = ["distill", "--data", micro, "--teacher", tiny_bert, "--student", "layers:2"]
     assert message in refusal(capsys, *command, "--output_dir", tmp_path / "out", *SMALL, *flags)
     assert not (tmp_path / "out").exists()
-    if "teacher" not in message:
+    if "teacher" not in message + flags[0]:
         command = ["train", "--data", micro, "--model", tiny_bert, "--output_dir", tmp_path / "out"]
         assert message in refusal(capsys, *command, *SMALL, *flags)
         assert not (tmp_path / "out").exists()

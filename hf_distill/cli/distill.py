@@ -71,10 +71,6 @@ class Distillation:
         from . import steps
         from .reporting import Report
 
-        if options.teacher_mode not in ("cached", "live"):
-            raise InputError(
-                f"unknown mode {options.teacher_mode!r}", where="--teacher_mode", cure="Choose cached or live"
-            )
         self.options, self.row_options, self.encode_options, self.args = options, row_options, encode_options, args
         self.steps = steps
         self.data = steps.Data.open(data_options)
@@ -126,7 +122,7 @@ class Distillation:
     def _open_student(self, overrides: dict[str, Any]) -> RetrievalModel:
         from transformers import set_seed
 
-        from ..models import student_from
+        from ..models import CrossEncoderRanker, student_from
 
         set_seed(self.args.seed)  # of a new projection, which has to be the same when the run goes on later
         retriever = next((spec.model for spec in self.teachers if spec.model and not spec.is_ranker), None)
@@ -137,7 +133,14 @@ class Distillation:
                 cure="Name a bi-encoder as student (its Hub id or folder)",
             )
         if not self.options.student.startswith("layers:"):
-            return student_from(self.options.student, revision=self.options.student_revision, **overrides)
+            student = student_from(self.options.student, revision=self.options.student_revision, **overrides)
+            if isinstance(student, CrossEncoderRanker):
+                raise InputError(
+                    f"{self.options.student} is a cross-encoder, which cannot search",
+                    where="--student",
+                    cure="Name a bi-encoder; a cross-encoder learns from a teacher with DistillTrainer in Python",
+                )
+            return student
         origin = next(spec.origin for spec in self.teachers if spec.model is retriever)
         revision = self.options.teacher_revision if retriever is self.teachers[0].model else None
         return student_from(self.options.student, origin, revision=revision, **overrides)

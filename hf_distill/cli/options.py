@@ -97,9 +97,11 @@ class TrainOptions:
 
     _argument_group_name = "what to train"
 
-    model: str | None = _option(None, "Hub id or folder to start from; 'layers:N' is not for this verb.")
+    model: str | None = _option(None, "Hub id or folder to start from.")
     model_revision: str | None = _option(None, "Its branch, tag or commit.")
-    kind: str | None = _option(None, "dense or cross_encoder. Default: what the checkpoint is.")
+    kind: str | None = _option(
+        None, "What is trained. Default: what the checkpoint is.", choices=["dense", "cross_encoder"]
+    )
 
 
 @dataclass
@@ -113,9 +115,11 @@ class StudentOptions:
     )
     teacher_revision: str | None = _option(None, "Branch, tag or commit of the (first) teacher.")
     teacher_mode: str = _option(
-        "cached", "cached: embeddings or scores are computed once; live: the teacher reads every batch."
+        "cached",
+        "cached: embeddings or scores are computed once; live: the teacher reads every batch.",
+        choices=["cached", "live"],
     )
-    teacher_dtype: str = _option("auto", "Precision of the teacher: auto, float32 or bfloat16.")
+    teacher_dtype: str = _option("auto", "Precision of the teacher.", choices=["auto", "float32", "bfloat16"])
     student: str | None = _option(
         None,
         "layers:N, layers:N:last, layers:N:even or layers:1,5,6 of the first bi-encoder teacher, or any Hub id.",
@@ -133,8 +137,10 @@ class EncodeOptions:
 
     _argument_group_name = "encoding and scoring"
 
-    dtype: str = _option("auto", "auto (bfloat16 where the hardware is fast at it), float32 or bfloat16.")
-    storage: str = _option("float32", "Precision of stored embeddings: float32 or float16.")
+    dtype: str = _option(
+        "auto", "auto is bfloat16 where the hardware is fast at it.", choices=["auto", "float32", "bfloat16"]
+    )
+    storage: str = _option("float32", "Precision of stored embeddings.", choices=["float32", "float16"])
     token_budget: int | None = _option(None, "Tokens of a batch. Default: what suits the device.")
 
 

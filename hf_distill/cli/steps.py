@@ -28,6 +28,9 @@ logger = get_logger(__name__)
 
 KEY_FILE = "run_key.json"
 
+# Locks on the output folders of this process's runs.
+_LOCKS: dict[Path, Any] = {}
+
 # Settings that may change between the first start of a run and a later one without making it another run.
 _NOT_OF_THE_RUN = frozenset(
     "output_dir cache_dir report_to run_name logging_steps logging_strategy logging_first_step disable_tqdm log_level "
@@ -81,23 +84,41 @@ def settings_of(*options: Any, **facts: Any) -> dict[str, Any]:
 
 
 def claim_output(folder: str | Path, settings: Mapping[str, Any]) -> Path:
-    """Makes `folder` the output of the run with these settings; all processes must call it.
+    """Makes `folder` the output of the run with these settings until this process ends; all processes must call it.
 
     Raises:
-        InputError: If it is another run's, naming what differs, or holds files that are no run's.
+        InputError: If it is another run's, naming what differs, holds files that are no run's, or another process
+            works in it now.
     """
     folder = Path(folder)
     if is_main_process():
         _claim(folder, settings)
+        _lock(folder)
     _wait_for_everyone()
     return folder
+
+
+def _lock(folder: Path) -> None:
+    from filelock import FileLock, Timeout
+
+    lock = _LOCKS.setdefault(folder.resolve(), FileLock(folder / ".lock"))
+    try:
+        lock.acquire(timeout=0)  # the system lets go of it when the process ends, however it ends
+    except Timeout:
+        raise InputError(
+            "another process is working on this run",
+            where=str(folder),
+            cure="Wait for it to end, or choose another --output_dir",
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        logger.info("%s cannot be locked (%s): start no second process in it.", folder, error)
 
 
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     key = folder / KEY_FILE
     if key.is_file():
         theirs = read_json(key)
-        begun = any(entry != key and not entry.name.endswith(".tmp") for entry in folder.iterdir())
+        begun = any(entry != key and not entry.name.startswith(".") for entry in folder.iterdir())
         differing = sorted(name for name in {*theirs, *settings} if theirs.get(name) != settings.get(name))
         if differing and not begun:
             write_json(key, settings)  # the other run ended before it left anything, at bad input for example

@@ -42,8 +42,6 @@ def run(
     from .reporting import Report
 
     data = steps.Data.open(data_options)
-    if options.kind not in (None, "dense", "cross_encoder"):
-        raise InputError(f"unknown kind {options.kind!r}", where="--kind", cure="Choose dense or cross_encoder")
     model = steps.open_model(options.model, options.kind, options.model_revision, model_options, args.seed)
     steps.check_training(data, row_options, args, model, index=encode_options.index)
     settings = steps.settings_of(
