@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..console import get_logger
 from ..errors import InputError
 from . import layouts
+from .dropout import FastDropout
 from .loading import position_offset, quiet_transformers
 from .processing import DEFAULT_TEMPLATE, TextProcessor
 from .source import ModelSource
@@ -133,9 +134,11 @@ class RetrievalModel(PreTrainedModel):
             setattr(self, name, get_peft_model(tower, config, adapter_name=adapter_name))
 
     def _maybe_recompute(self, function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
-        if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=True)
-        return function(*arguments)
+        if not self.training:
+            return function(*arguments)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(_train, function, *arguments, use_reentrant=False, preserve_rng_state=True)
+        return _train(function, *arguments)
 
     def _inputs(self, tower: nn.Module, chunk: Mapping[str, torch.Tensor], embeddings=None) -> dict[str, Any]:
         """The keyword arguments of a backbone for one padded chunk."""
@@ -316,6 +319,11 @@ class RetrievalModel(PreTrainedModel):
 
 
 # ------------------------------------------------------------------------------------------------------- helpers
+
+
+def _train(function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+    with FastDropout():
+        return function(*arguments)
 
 
 def use_attention(model: RetrievalModel, implementation: str) -> None:
