@@ -114,7 +114,7 @@ def main() -> None:
         {
             "title": "Distillation with cached scores",
             "intro": f"`DistillTrainer` on batches of {args.batch} × (query, relevant passage, {args.negatives} "
-            f"others) of {data_name(collection)}, KL divergence over the row's own candidates, {args.dtype} autocast, no "
+            f"others) of {data_name(collection)}, KL divergence over the own candidates, {args.dtype} autocast, no "
             f"dropout; student: `{args.student}` of the teacher. The live teacher reads every batch in {args.dtype}.",
             "columns": ["teacher", "how", "examples/s"],
             "rows": table,

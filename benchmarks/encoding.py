@@ -126,8 +126,8 @@ def main() -> None:
             "title": "Encoding",
             "intro": f"{len(texts):,} passages of {data_name(collection)}, {lengths.mean():.0f} tokens on average, at "
             f"most {lengths.max()}, in random order; tokenising included. Both sides sort by length. GFLOP/s are "
-            "useful ones: padding does not count. The last column compares them with the fastest matrix product of the same "
-            "precision that was found on this machine.",
+            "useful ones: padding does not count. The last column compares them with the fastest matrix product "
+            "of the same precision that was found on this machine.",
             "columns": ["precision", "what", "passages/s", "GFLOP/s", "of the peak"],
             "rows": rows,
             "claims": claims,
