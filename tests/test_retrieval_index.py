@@ -94,6 +94,10 @@ def test_memory_is_bounded_by_a_block(monkeypatch, tmp_path):
     Index.build(store).search(vectors[:90], 10, query_block=32, corpus_block=100)
     assert read == [100] * 10
     assert set(scored) == {(32, 100), (26, 100)} and len(scored) == 30
+    # By default a block is at most some 100 MB, however wide the vectors are.
+    for width in (8, 384, 4096):
+        rows_of_a_block = Index.build(np.zeros((1, width), np.float32))._block_rows
+        assert 1024 <= rows_of_a_block <= 65536 and rows_of_a_block * width * 4 <= 2**27
 
 
 def test_approximate_indexes(tmp_path):

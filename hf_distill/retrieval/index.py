@@ -12,6 +12,7 @@ import torch
 
 from ..console import get_logger, progress
 from ..errors import InputError
+from .packing import product
 from .shards import ShardedJob
 from .store import EmbeddingStore
 
@@ -22,9 +23,11 @@ logger = get_logger(__name__)
 INDEX_VERSION = 1
 
 EXACT = "Flat"
-QUERY_BLOCK = 256
-CORPUS_BLOCK = 65536
-_ADD_BLOCK = 65536
+# Queries and vectors at a time: some 100 MB of vectors and of scores on a CPU.
+_QUERY_BLOCKS = {"cpu": 256}
+_QUERY_BLOCK = 2048
+_CORPUS_BLOCK = 65536
+_BLOCK_NUMBERS = 2**25
 _TRAIN_ROWS = 262144
 
 
@@ -102,13 +105,17 @@ class Index:
     def __len__(self) -> int:
         return len(self.vectors)
 
+    @property
+    def _block_rows(self) -> int:
+        return max(1024, min(_CORPUS_BLOCK, _BLOCK_NUMBERS // self.dim))
+
     def search(
         self,
         queries: np.ndarray,
         k: int,
         *,
-        query_block: int = QUERY_BLOCK,
-        corpus_block: int = CORPUS_BLOCK,
+        query_block: int | None = None,
+        corpus_block: int | None = None,
         show_progress: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k best vectors of each query.
@@ -119,8 +126,8 @@ class Index:
         Args:
             queries: `float[n, D]`.
             k: How many; at most as many as there are vectors.
-            query_block: Queries at a time.
-            corpus_block: Vectors at a time.
+            query_block: Queries at a time; by default what suits the device.
+            corpus_block: Vectors at a time; by default what suits their width.
             show_progress: Whether to show a bar.
 
         Returns:
@@ -139,6 +146,8 @@ class Index:
         if self.normalize:
             queries = _unit(queries)
         k = min(k, len(self))
+        query_block = query_block or _QUERY_BLOCKS.get(self.device.type, _QUERY_BLOCK)
+        corpus_block = corpus_block or self._block_rows
         if not len(queries):
             return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
         if self._faiss is not None:
@@ -159,7 +168,7 @@ class Index:
             for start in starts:
                 block = torch.from_numpy(self._block(start, start + corpus_block)).to(self.device)
                 for number, query in enumerate(wanted):
-                    found = _best_keys(query @ block.T, k, start)
+                    found = _best_keys(product(query, block), k, start)
                     if best[number] is not None:
                         found = torch.cat([best[number], found], dim=1)
                         found = found.topk(min(k, found.shape[1]), dim=1).values
@@ -236,8 +245,8 @@ class Index:
                     where="index factory",
                     cure="Choose fewer clusters or centroids, or Flat",
                 ) from None
-        for start in progress(range(0, len(self), _ADD_BLOCK), label=f"build {self.factory}", unit="block"):
-            block = self._block(start, start + _ADD_BLOCK)
+        for start in progress(range(0, len(self), self._block_rows), label=f"build {self.factory}", unit="block"):
+            block = self._block(start, start + self._block_rows)
             if type(index).__name__.startswith("IndexIDMap"):  # those want to be told the positions
                 index.add_with_ids(block, np.arange(start, start + len(block)))
             else:

@@ -29,7 +29,7 @@ logger = get_logger(__name__)
 SCORE_VERSION = 1
 
 _SHARD_PAIRS = 16384
-_BLOCK_PAIRS = 32768
+_BLOCK_NUMBERS = 2**24
 
 
 def score_rows(
@@ -242,8 +242,9 @@ def _score_by_embeddings(
     right, document = _vectors(inference, corpus, document, "passage", storage, cache_dir)
     cosine = cosine_of_raw_vectors(inference)
     scores = np.empty(len(query), dtype=np.float32)
-    for start in range(0, len(query), _BLOCK_PAIRS):
-        part = slice(start, start + _BLOCK_PAIRS)
+    size = max(1024, _BLOCK_NUMBERS // left.dim)
+    for start in range(0, len(query), size):
+        part = slice(start, start + size)
         a, b = left.take(query[part]), right.take(document[part])
         product = np.einsum("nd,nd->n", a, b)
         if cosine:
