@@ -128,3 +128,8 @@ def test_every_cache_lies_where_it_was_asked_for(micro, tiny_bert, tmp_path, mon
     command = ["train", "--data", str(micro), "--model", str(tiny_bert), "--kind", "cross_encoder", *SMALL]
     main([*command, "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "asked")])
     assert (tmp_path / "asked" / "bm25").is_dir() and not (tmp_path / "default").exists()
+
+
+def test_search_that_would_show_nothing_is_refused(micro, capsys):
+    command = ["search", "--data", micro, "--model", "bm25", "--query", "bread"]
+    assert "--top: 0 is too little" in refusal(capsys, *command, "--top", "0")

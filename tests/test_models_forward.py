@@ -197,6 +197,7 @@ def test_scores_are_float32_under_autocast(bert):
 def test_temperature_defaults(bert):
     assert DenseRetriever.from_pretrained(bert).config.temperature == 0.05
     assert DenseRetriever.from_pretrained(bert, similarity="dot").config.temperature == 1.0
+    assert DenseRetriever.from_pretrained(bert, similarity="dot", normalize=True).config.temperature == 0.05
     assert DenseRetriever.from_pretrained(bert, similarity="dot", temperature=0.5).config.temperature == 0.5
 
 

@@ -53,7 +53,7 @@ def test_what_sentence_transformers_writes(tmp_path, bert, pooling, more):
     theirs = SentenceTransformer(modules=modules, prompts=prompts, similarity_fn_name="dot", device="cpu")
     theirs.save_pretrained(str(tmp_path / "model"))
     model = same_as_theirs(tmp_path / "model", theirs)
-    assert model.config.similarity == "dot" and model.config.temperature == 1.0
+    assert model.config.similarity == "dot" and model.config.temperature == (0.05 if model.config.normalize else 1.0)
     assert model.config.passage_length == 16
     model.save_pretrained(tmp_path / "again")
     same_as_theirs(tmp_path / "again", theirs)

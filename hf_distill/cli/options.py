@@ -80,7 +80,7 @@ class ModelOptions:
     normalize: bool | None = _option(None, "Scale embeddings to length 1.")
     similarity: str | None = _option(None, "Dot product or cosine: dot, cosine.")
     temperature: float | None = _option(
-        None, "Scores are divided by it in training. Default: 0.05 for unit vectors, else 1."
+        None, "Scores are divided by it in training. Default: 0.05 for cosine and unit vectors, else 1."
     )
     query_prompt: str | None = _option(None, "Text put before every query.")
     passage_prompt: str | None = _option(None, "Text put before every passage.")
@@ -212,7 +212,7 @@ class SearchOptions:
 
     model: str | None = _option(None, "Hub id or folder of a bi-encoder, or bm25.")
     query: str | None = _option(None, "The question. Without it, questions are read line by line.")
-    top: int = _option(5, "Passages to show.")
+    top: int = _option(5, "Passages to show, 1 or more.")
     width: int = _option(300, "Characters of each passage to show.")
 
 

@@ -6,6 +6,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 
+from ..errors import InputError
 from .options import CollectionOptions, IndexOptions, SearchOptions
 from .parsing import Verb, require
 
@@ -32,6 +33,9 @@ def run(data_options: CollectionOptions, options: SearchOptions, encode_options:
         data=(data_options.data, "the collection, a folder or Hub id"),
         model=(options.model, "a Hub id or folder of a bi-encoder, or bm25"),
     )
+    if options.top < 1 or options.width < 20:
+        name, value, least = ("top", options.top, 1) if options.top < 1 else ("width", options.width, 20)
+        raise InputError(f"{value} is too little to show", where=f"--{name}", cure=f"Give {least} or more")
     from ..models import load_model
     from ..retrieval import Searcher
     from . import steps

@@ -34,7 +34,7 @@ class DenseRetrieverConfig(RetrievalConfig):
         pooling: How token vectors become one: `"cls"` (first token), `"mean"` or `"last"` (last token).
         normalize: Whether vectors are scaled to length 1.
         similarity: `"dot"` or `"cosine"`.
-        temperature: What scores are divided by in training. Default: 1 for dot, 0.05 for cosine.
+        temperature: What scores are divided by in training. Default: 0.05 for cosine and for unit vectors, else 1.
         query_prompt: Text put before every query.
         passage_prompt: Text put before every passage.
         query_length: Most tokens of a query.
@@ -146,7 +146,7 @@ class DenseRetriever(RetrievalModel):
         if not config.tied_projections:
             self.passage_projections = nn.ModuleList(Projection(**settings) for settings in config.projections)
         if config.temperature is None:
-            config.temperature = 1.0 if config.similarity == "dot" else 0.05
+            config.temperature = 0.05 if config.normalize or config.similarity == "cosine" else 1.0
         config.backbone = plain_model(backbone).config.to_dict()
         if tokenizer is not None:
             tokenizer.model_max_length = max(config.query_length, config.passage_length)
@@ -442,7 +442,7 @@ def _settings_of(
         **{key: layout.extra[key] for key in ("temperature", "template") if layout.extra.get(key) is not None},
         **overrides,
     }
-    if overrides.get("similarity") and "temperature" not in overrides:
+    if {"similarity", "normalize"} & set(overrides) and "temperature" not in overrides:
         settings["temperature"] = None
     if overrides.get("tied") and layout.passage is not None:
         raise InputError("the model has two towers, which cannot become one", where=name, cure="Leave out tied")
