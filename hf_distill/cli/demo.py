@@ -72,6 +72,7 @@ def run(options: DemoOptions) -> None:
         "student": options.student,
         "output_dir": student,
         "seed": options.seed,
+        "use_cpu": device == "cpu",
         "bf16": choose_dtype("auto", device) == "bfloat16",
         **_RECIPE,
     }
