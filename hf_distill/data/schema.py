@@ -95,29 +95,3 @@ def rows_schema(columns: list[str], *, positions: bool) -> pa.Schema:
     fields.append((NUM_POSITIVES, pa.int64()))
     fields += [(name, pa.list_(per_document_type(name))) for name in columns]
     return pa.schema(fields)
-
-
-def queries_features():
-    """`datasets.Features` of the config `queries`."""
-    return _features(QUERIES_SCHEMA)
-
-
-def corpus_features():
-    """`datasets.Features` of the config `corpus`."""
-    return _features(CORPUS_SCHEMA)
-
-
-def qrels_features():
-    """`datasets.Features` of the config `qrels`."""
-    return _features(QRELS_SCHEMA)
-
-
-def rows_features(columns: list[str]):
-    """`datasets.Features` of a stored row set with these per-document columns."""
-    return _features(rows_schema(columns, positions=False))
-
-
-def _features(schema: pa.Schema):
-    from datasets import Features
-
-    return Features.from_arrow_schema(schema)
