@@ -1,6 +1,6 @@
 """Run by the distributed tests, in one process or under `accelerate launch`: trains some steps, writes what it saw.
 
-    python tests/distributed_run.py SETTINGS.json     (a list of runs)
+python tests/distributed_run.py SETTINGS.json     (a list of runs)
 """
 
 from __future__ import annotations

@@ -36,22 +36,23 @@ _RECIPE = {
 def collection_folder(options: DemoOptions) -> Path:
     """The demonstration's collection, built if it is not there; another one's is not touched."""
     from ..data import build_demo_collection
+    from .steps import wait_for_everyone
 
     folder = Path(options.output_dir) / "data"
     wanted = {"num_passages": options.num_passages, "seed": options.seed}
-    marker = folder / "demo.json"
-    if marker.is_file():
-        if read_json(marker) != wanted:
-            raise InputError(
-                f"holds a collection made with {read_json(marker)}, not {wanted}",
-                where=str(folder),
-                cure="Choose another --output_dir, or remove that folder",
-            )
-        return folder
-    if is_main_process():
+    marker = folder.with_name("data.json")
+    if marker.is_file() and read_json(marker) != wanted:
+        raise InputError(
+            f"holds a collection made with {read_json(marker)}, not {wanted}",
+            where=str(folder),
+            cure="Choose another --output_dir, or remove that folder",
+        )
+    # The folder appears only when it is complete, so the marker can be written first.
+    if is_main_process() and not folder.exists():
+        write_json(marker, wanted)
         logger.info("Collecting documentation of Python and its packages ...")
         build_demo_collection(folder, **wanted)
-        write_json(marker, wanted)
+    wait_for_everyone()
     return folder
 
 

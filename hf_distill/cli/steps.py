@@ -94,7 +94,7 @@ def claim_output(folder: str | Path, settings: Mapping[str, Any]) -> Path:
     if is_main_process():
         _claim(folder, settings)
         _lock(folder)
-    _wait_for_everyone()
+    wait_for_everyone()
     return folder
 
 
@@ -163,11 +163,12 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
         logger.warning("%s was cut off while it was written; going back to the one before.", checkpoint)
         if is_main_process():
             shutil.rmtree(checkpoint)
-        _wait_for_everyone()
+        wait_for_everyone()
     return None
 
 
-def _wait_for_everyone() -> None:
+def wait_for_everyone() -> None:
+    """Returns when all processes have come here."""
     from accelerate import PartialState
 
     PartialState().wait_for_everyone()

@@ -29,9 +29,7 @@ class Comparison(Protocol):
         """`[Q, D]` and `[Q, M, D]` to scores `[Q, M]`."""
 
 
-def arrange(
-    query: torch.Tensor, passage: torch.Tensor, batch: Mapping[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def arrange(query: torch.Tensor, passage: torch.Tensor, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Puts the embeddings of the distinct texts of a batch into the fixed layout: `[Q, D]` and `[Q, M, D]`."""
     rows, width = batch["passage_ids"].shape
     return query[batch["query_index"]], passage[batch["passage_index"]].view(rows, width, -1)
