@@ -26,6 +26,7 @@ _RECIPE = {
     "query_length": 48,
     "passage_length": 96,
     "mine_negatives": 20,
+    "logging_steps": 50,
     "eval_steps": 0.5,
     "save_steps": 0.5,
     "eval_corpus_size": 2000,

@@ -213,9 +213,9 @@ class Distillation:
                 )
         before = seconds(self.student, passages)
         steps = int(args.max_steps if args.max_steps > 0 else rows // (self._batch()) * args.num_train_epochs)
-        # Forward, backward (twice the work) and the lower speed of training against inference.
-        texts = self._batch() * (2 + args.num_negatives)
-        step = 6 * before / max(passages, 1) * texts
+        # Forward and backward, and the lower speed of training against inference; queries are short.
+        texts = self._batch() * (1.2 + args.num_negatives)
+        step = 4 * before / max(passages, 1) * texts
         if tests:
             lines.append(("measure the student before training", before))
         lines.append((f"train the student: {steps:,} steps of {self._batch()} queries", steps * step))
