@@ -106,6 +106,22 @@ def test_recomputation_frees_the_activations(bert):
     assert kept[1] < kept[0] / 4
 
 
+def test_recomputation_holds_embeddings_of_a_bounded_number_of_tokens(bert):
+    model = DenseRetriever.from_pretrained(bert).train()
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+
+    def held(tokens):
+        ids = torch.full((tokens, 1), 5)
+        chunks = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(tokens // 2 + 1)]
+        return [one is not None for one in model._embedded(model.backbone, chunks)]
+
+    model.recompute = True
+    assert held(vocabulary) == [True, True]
+    assert held(vocabulary + 1) == [False, False]
+    model.recompute = False
+    assert held(vocabulary + 1) == [True, True]
+
+
 def test_every_trainable_parameter_gets_a_gradient(bert):
     model = DenseRetriever.from_pretrained(bert, projection_dim=8, tied=False).train()
     model.add_projection("teacher-v1.5", 12)

@@ -163,11 +163,14 @@ class RetrievalModel(PreTrainedModel):
         """Word embeddings of several chunks from one lookup, or Nones where chunks are better looked up one by one.
 
         The gradient of a lookup is a dense matrix as large as the vocabulary, zero-filled at every lookup; one lookup
-        for a batch pays for it once.
+        for a batch pays for it once. Where activations are recomputed, memory must not grow with the batch: then the
+        embeddings that are held until the backward pass may take as much as that matrix, and no more.
         """
         plain = plain_model(tower)
+        tokens = sum(chunk["input_ids"].numel() for chunk in chunks)
         wanted = (
             len(chunks) > 1
+            and not (self.recompute and tokens > plain.get_input_embeddings().weight.shape[0])
             and torch.is_grad_enabled()
             and self.training
             and plain.config.model_type in _PLAIN_LOOKUP
