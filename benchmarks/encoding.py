@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
 import numpy as np
@@ -60,7 +59,7 @@ def best_batch(peer: Any, texts: list[str]) -> tuple[int, dict[int, float]]:
 def main() -> None:
     args = arguments(
         __doc__,
-        passages=(1024, "passages to encode in a round"),
+        passages=(512, "passages to encode in a round"),
         rounds=(7, "rounds of the two sides in turn"),
     )
     import torch
@@ -97,21 +96,24 @@ def main() -> None:
                 return timed(lambda: encode_table(inference, table, "passage", cache_dir=folder))
 
         seconds = alternate({"ours": ours, "peer": theirs, "ours to disk": to_disk}, args.rounds)
+        # On a machine that is not quiet the second measurement may see more of it.
+        peak, kernel = max((peak, kernel), matmul_peak(dtype))
         if reference is None:
             reference = vectors["theirs"]
         close = 0.9999 if dtype == "float32" else 0.999
         for side, vector in vectors.items():
             found = cosines(vector.astype(np.float32), reference)
-            line = f"{dtype}: cosine of {side} to the peer's float32 vectors at least {found.min():.6f}"
-            # The peer's own bfloat16 is reported but not asserted: it also pools and normalises in bfloat16.
-            checks.append(check(side == "theirs" or found.min() >= close, line))
+            line = f"{dtype}: cosine of {side} to their float32 vectors at least {found.min():.6f}"
+            # The peer's own bfloat16 is reported but not asserted.
+            if vector is not reference:
+                checks.append(check(side == "theirs" or found.min() >= close, line))
         for name, label in (
             ("ours", "hf_distill `encode_texts`"),
             ("ours to disk", "hf_distill `encode_table`, stored in shards"),
             ("peer", f"sentence-transformers `encode`, batch {batch}"),
         ):
             rate = [len(texts) / one for one in seconds[name]]
-            reached = flops * 1e-9 / statistics.median(seconds[name])
+            reached = flops * 1e-9 / min(seconds[name])
             rows.append([dtype, label, spread(rate), f"{reached:.0f}", f"{reached / peak:.0%}"])
         claims.append(claim(f"{dtype}, in memory", ratios(seconds["ours"], seconds["peer"]), TARGET))
         claims.append(claim(f"{dtype}, to disk", ratios(seconds["ours to disk"], seconds["peer"]), TARGET))
@@ -128,7 +130,7 @@ def main() -> None:
             f"most {lengths.max()}, in random order; tokenising included. Both sides sort by length. GFLOP/s are "
             "useful ones: padding does not count. The last column compares them with the fastest matrix product "
             "of the same precision that was found on this machine.",
-            "columns": ["precision", "what", "passages/s", "GFLOP/s", "of the peak"],
+            "columns": ["precision", "what", "passages/s", "best GFLOP/s", "of the peak"],
             "rows": rows,
             "claims": claims,
             "checks": checks,
