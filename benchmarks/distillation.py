@@ -29,23 +29,23 @@ LOSSES = '[{"name": "kl", "candidates": "own"}]'
 CACHED, LIVE = "cached scores", "live teacher"
 
 
-def open_teacher(kind: str, dtype: str) -> Any:
+def open_teacher(kind: str) -> Any:
     """The teacher: the dense model itself, or a cross-encoder of its size (with a random head: speed is all)."""
     if kind == "dense":
         # Cached scores are without temperature.
-        return dense_model(temperature=1.0, dtype=dtype)
+        return dense_model(temperature=1.0)
     import torch
 
     from hf_distill.models import CrossEncoderRanker
 
     torch.manual_seed(0)
-    return CrossEncoderRanker.from_pretrained(MODEL, max_length=MAX_LENGTH, dtype=dtype)
+    return CrossEncoderRanker.from_pretrained(MODEL, max_length=MAX_LENGTH)
 
 
 def main() -> None:
     args = arguments(
         __doc__,
-        steps=(2, "steps of a round"),
+        steps=(1, "steps of a round"),
         rounds=(5, "rounds of the sides in turn"),
         dtype=("bfloat16", "precision of student and teacher"),
         batch=(BATCH, "queries of a batch"),
@@ -62,14 +62,14 @@ def main() -> None:
     from hf_distill.trainers import DistillTrainer, DistillTrainingArguments
 
     collection = open_collection("medquad", args.data)
-    rows = training_rows(collection, args.steps * args.batch, args.negatives)
+    rows = training_rows(collection, max(args.steps, 2) * args.batch, args.negatives)
     student = student_from(args.student, dense_model())
     table, claims, checks = [], [], []
     with scratch_folder("distillation") as folder:
         for kind in ("dense", "cross-encoder"):
             say(f"distillation, {kind} teacher")
-            teacher = open_teacher(kind, args.dtype)
-            judge = open_teacher(kind, "float32")
+            judge = open_teacher(kind)
+            teacher = copy.deepcopy(judge).to(getattr(torch, args.dtype))
             start = time.perf_counter()
             scored = score_rows(judge, rows, dtype=args.dtype, cache_dir=folder / kind)
             once = (time.perf_counter() - start) / len(rows)

@@ -195,7 +195,7 @@ def main() -> None:
         passages=(20_000, "passages of the corpus"),
         queries=(2000, "queries to mine for"),
         dtype=("bfloat16", "precision of both encoders"),
-        rounds=(2, "rounds without anything in the cache"),
+        rounds=(1, "rounds without anything in the cache"),
         warm=(5, "rounds with a warm cache"),
         vectors=("50000,200000,800000", "sizes of random stores whose search is measured"),
         batch=(0, "batch size of the peer; 0 tries which is its best"),
