@@ -158,3 +158,16 @@ def test_bad_input():
     broken[2, 2] = np.nan
     with pytest.raises(InputError, match="not numbers"):
         Index.build(broken).search(vectors, 2)
+
+
+def test_search_options_after_a_semicolon():
+    """Probing every list of an inverted file is exact search; probing one is not."""
+    generator = np.random.default_rng(0)
+    vectors, queries = (generator.normal(size=(n, 16)).astype(np.float32) for n in (2000, 30))
+    exact = Index.build(vectors).search(queries, 10)[1]
+    one = Index.build(vectors, "IVF16,Flat").search(queries, 10)[1]
+    every = Index.build(vectors, "IVF16,Flat;nprobe=16").search(queries, 10)[1]
+    assert (every == exact).mean() == 1.0
+    assert (one == exact).mean() < 0.9
+    with pytest.raises(InputError, match="nonsense"):
+        Index.build(vectors, "IVF16,Flat;nonsense=3")

@@ -148,7 +148,9 @@ class EncodeOptions:
 class IndexOptions(EncodeOptions):
     """How models are run outside training, and how passages are found."""
 
-    index: str = _option("Flat", "Flat (exact) or any FAISS factory string.")
+    index: str = _option(
+        "Flat", "Flat (exact) or any FAISS factory string, search options after a semicolon: 'IVF1024,Flat;nprobe=32'."
+    )
 
 
 @dataclass

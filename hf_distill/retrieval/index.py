@@ -68,7 +68,8 @@ class Index:
 
         Args:
             vectors: `float[n, D]`.
-            factory: `"Flat"`, or a factory string of FAISS.
+            factory: `"Flat"`, or a factory string of FAISS, to which search options may be added after a semicolon:
+                `"IVF1024,Flat;nprobe=32"`.
             normalize: Whether to compare by cosine instead of inner product.
             device: Where to search; by default a GPU if there is one.
             search_options: FAISS parameters of searching, for example `"nprobe=32"` or `"efSearch=128"`.
@@ -79,6 +80,8 @@ class Index:
         Raises:
             InputError: If FAISS is missing or cannot read the factory string or the options.
         """
+        factory, _, inline = factory.partition(";")
+        search_options = search_options or inline.strip() or None
         if not isinstance(vectors, EmbeddingStore):
             vectors = np.asarray(vectors)
             if vectors.ndim != 2:
@@ -270,6 +273,7 @@ def empty_index(factory: str, dim: int) -> Any:
         InputError: If FAISS is missing or cannot read the factory string.
     """
     faiss = _import_faiss()
+    factory = factory.partition(";")[0]
     try:
         return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
