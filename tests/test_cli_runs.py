@@ -133,3 +133,18 @@ def test_every_cache_lies_where_it_was_asked_for(micro, tiny_bert, tmp_path, mon
 def test_search_that_would_show_nothing_is_refused(micro, capsys):
     command = ["search", "--data", micro, "--model", "bm25", "--query", "bread"]
     assert "--top: 0 is too little" in refusal(capsys, *command, "--top", "0")
+
+
+def test_a_split_without_positives_is_found_first(micro, tiny_bert, tmp_path, capsys):
+    import shutil
+
+    data = shutil.copytree(micro, tmp_path / "data")
+    lines = (data / "qrels" / "dev.tsv").read_text().splitlines()
+    (data / "qrels" / "dev.tsv").write_text("\n".join([lines[0], *(line[:-1] + "0" for line in lines[1:])]) + "\n")
+    with pytest.raises(SystemExit):
+        main(
+            ["distill", "--data", str(data), "--teacher", str(tiny_bert), "--student", "layers:2"]
+            + ["--output_dir", str(tmp_path / "out")]
+        )
+    assert "judgements 'dev': no query has a relevant document" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -174,7 +174,10 @@ class Distillation:
 
         collection, args = self.data.collection, self.args
         passages, queries = len(collection.corpus), len(collection.queries)
-        rows = len(collection.qrels[self.data.train].query_positions()) if self.row_options.rows is None else queries
+        if self.row_options.rows is not None:
+            rows = len(self.steps.named_rows(self.data, self.row_options.rows))
+        else:
+            rows = len(collection.qrels[self.data.train].query_positions())
         rows = min(rows, self.row_options.max_queries or rows)
         tests = len(collection.qrels[self.data.test].query_positions()) if self.data.test else 0
         lines: list[tuple[str, float]] = []

@@ -61,6 +61,13 @@ class Data:
             check_split(collection, options.test_split, "--test_split")
             data.train = options.train_split
             data.eval, data.test = options.eval_split or data.eval, options.test_split or data.test
+        for split in (data.eval, data.test):
+            if split is not None and not len(collection.qrels[split].query_positions()):
+                raise InputError(
+                    "no query has a relevant document, so nothing can be measured",
+                    where=f"{collection.name}, judgements {split!r}",
+                    cure="Give another split (--eval_split, --test_split), or mend the grades",
+                )
         return data
 
 
