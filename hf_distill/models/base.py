@@ -20,6 +20,7 @@ from ..errors import InputError
 from . import layouts
 from .dropout import FastDropout
 from .loading import position_offset, quiet_transformers
+from .memory import return_freed_memory
 from .processing import DEFAULT_TEMPLATE, TextProcessor
 from .source import ModelSource
 
@@ -137,7 +138,7 @@ class RetrievalModel(PreTrainedModel):
         if not self.training:
             return function(*arguments)
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(_train, function, *arguments, use_reentrant=False, preserve_rng_state=True)
+            return checkpoint(_recomputed, function, *arguments, use_reentrant=False, preserve_rng_state=True)
         return _train(function, *arguments)
 
     def _inputs(self, tower: nn.Module, chunk: Mapping[str, torch.Tensor], embeddings=None) -> dict[str, Any]:
@@ -327,6 +328,11 @@ class RetrievalModel(PreTrainedModel):
 def _train(function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
     with FastDropout():
         return function(*arguments)
+
+
+def _recomputed(function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+    return_freed_memory()
+    return _train(function, *arguments)
 
 
 def use_attention(model: RetrievalModel, implementation: str) -> None:
