@@ -98,3 +98,17 @@ def test_scripts_are_the_same_verbs(pytestconfig):
         script = pytestconfig.rootpath / "run_scripts" / f"run_{verb}.py"
         done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
         assert done.stdout.startswith(f"usage: hf-distill {verb}"), done.stderr
+
+
+@pytest.mark.parametrize("strategy", ["flag", "yaml"])
+def test_without_evaluation_there_is_no_best_checkpoint(tmp_path, strategy):
+    from hf_distill.cli.training_arguments import DistillArguments
+
+    file = tmp_path / "run.yaml"
+    file.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\n" + ("eval_strategy: no\n" if strategy == "yaml" else ""))
+    verb = Verb("x", "", (), run=lambda *_: None, arguments=lambda: (DistillArguments,))
+    (args,) = parse(verb, ["--config", str(file), *(["--eval_strategy", "no"] if strategy == "flag" else [])])
+    assert args.eval_strategy == "no"
+    assert args.load_best_model_at_end is False
+    (args,) = parse(verb, ["--config", str(file), "--eval_strategy", "steps"])
+    assert args.load_best_model_at_end is True

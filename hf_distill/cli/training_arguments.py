@@ -16,11 +16,21 @@ class _CommandLineDefaults:
     eval_steps: float | None = field(default=0.25, metadata={"help": "How often: steps, or below 1 a share of all."})
     save_strategy: str = field(default="steps", metadata={"help": "Save checkpoints: steps, epoch, best or no."})
     save_steps: float = field(default=0.25, metadata={"help": "How often: steps, or below 1 a share of all."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint on dev."})
+    load_best_model_at_end: bool | None = field(
+        default=None, metadata={"help": "End with the best checkpoint on dev. Default: true where there is evaluation."}
+    )
     eval_corpus_size: int | None = field(
         default=5000, metadata={"help": "Passages searched in an evaluation during training; 0 means all."}
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "The peak learning rate."})
+
+    def __post_init__(self) -> None:
+        for name in ("eval_strategy", "save_strategy"):
+            if str(getattr(self, name)).lower() == "false":
+                setattr(self, name, "no")  # What a bare `no` is in YAML.
+        if self.load_best_model_at_end is None:
+            self.load_best_model_at_end = self.eval_strategy != "no"
+        super().__post_init__()
 
 
 @dataclass
