@@ -8,7 +8,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -59,7 +59,14 @@ class RetrievalModel(PreTrainedModel):
     every chunk of a training batch is encoded under activation checkpointing, so that a batch of any size needs the
     memory of one chunk while loss and gradients stay the same ("gradient caching",
     https://arxiv.org/abs/2101.06983, here without its second loss evaluation).
+
+    Attributes:
+        representation: What the model makes of texts, by which the rest of the library chooses its way: `"dense"` (one
+            vector a text), `"sparse"` (one vector over the vocabulary), `"tokens"` (one vector a token) or `"pair"`
+            (no vectors: query and passage are read together and scored).
     """
+
+    representation: ClassVar[str]
 
     config_class = RetrievalConfig
     base_model_prefix = ""

@@ -41,6 +41,7 @@ class CrossEncoderRanker(RetrievalModel):
     """
 
     config_class = CrossEncoderConfig
+    representation = "pair"
 
     def __init__(self, config: CrossEncoderConfig, backbone: PreTrainedModel | None = None, tokenizer: Any = None):
         super().__init__(config, tokenizer)

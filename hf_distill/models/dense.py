@@ -117,6 +117,7 @@ class DenseRetriever(RetrievalModel):
     """
 
     config_class = DenseRetrieverConfig
+    representation = "dense"
 
     def __init__(
         self,
