@@ -352,3 +352,21 @@ def test_list_column_from_flat_values(lists):
     flat = np.array([value for row in lists for value in row], dtype=np.float32)
     assert list_column(flat, pa.float32(), "x", lengths).to_pylist() == lists
     assert list_column(lists, pa.float32(), "x").to_pylist() == lists
+
+
+def test_a_negative_may_stand_once_for_each_source(micro):
+    collection = load_collection(micro)
+
+    def rows(documents, sources):
+        return RowSet.from_arrays(
+            collection.queries, collection.corpus, [0, 1], documents, np.array([1, 0]), sources=sources
+        )
+
+    kept = rows([[3, 5, 5], [7, 7]], [["positive", "a", "b"], ["b", "a"]])
+    assert kept.documents_at(0).tolist() == [3, 5, 5]
+    with pytest.raises(InputError, match="documents 1 and 2 of the row are the same"):
+        rows([[3, 5, 4], [7, 7]], [["positive", "a", "b"], ["b", "b"]])
+    with pytest.raises(InputError, match="documents 1 and 3 of the row are the same"):
+        rows([[3, 5, 3], [7, 8]], [["positive", "a", "b"], ["b", "b"]])
+    with pytest.raises(InputError, match="documents 2 and 3 of the row are the same"):
+        RowSet.from_arrays(collection.queries, collection.corpus, [0], [[3, 5, 5]], [1])

@@ -98,14 +98,15 @@ def clean_rows(table: pa.Table, place: Callable[[int], str]) -> pa.Table:
     """Checks lists against `documents` and returns `table`; `place(row)` names a row in messages.
 
     Raises:
-        InputError: A list of another length, no documents, more positives than documents, a document twice in a row,
-            a score that is not finite.
+        InputError: A list of another length, no documents, more positives than documents, a document twice in a row
+            (other than as a negative that several sources found), a score that is not finite.
     """
     documents = table.column(schema.DOCUMENTS).combine_chunks()
     offsets = list_offsets(documents)
     lengths = np.diff(offsets)
     if schema.NUM_POSITIVES in table.column_names:
-        _check_candidates(documents, lengths, table.column(schema.NUM_POSITIVES).to_numpy(), place)
+        sources = table.column(schema.SOURCES).combine_chunks() if schema.SOURCES in table.column_names else None
+        _check_candidates(documents, lengths, table.column(schema.NUM_POSITIVES).to_numpy(), sources, place)
     for name in table.column_names:
         if schema.per_document_type(name) is None:
             continue
@@ -140,7 +141,9 @@ def clean_rows(table: pa.Table, place: Callable[[int], str]) -> pa.Table:
     return table
 
 
-def _check_candidates(documents: pa.Array, lengths: np.ndarray, positives: np.ndarray, place) -> None:
+def _check_candidates(
+    documents: pa.Array, lengths: np.ndarray, positives: np.ndarray, sources: pa.Array | None, place
+) -> None:
     where = f"field {schema.DOCUMENT_IDS!r}"
     if (lengths == 0).any():
         raise InputError(
@@ -156,16 +159,23 @@ def _check_candidates(documents: pa.Array, lengths: np.ndarray, positives: np.nd
         )
     owner = np.repeat(np.arange(len(lengths)), lengths)
     flat = documents.flatten().to_numpy(zero_copy_only=False)
-    order = np.lexsort((flat, owner))
-    same = (owner[order][1:] == owner[order][:-1]) & (flat[order][1:] == flat[order][:-1])
+    # A negative that several sources found counts once for each of them, as in pools that are put one after another.
+    found_by = np.zeros(len(flat), np.int32)
+    if sources is not None and len(sources.flatten()) == len(flat):
+        found_by = sources.flatten().dictionary_encode().indices.to_numpy(zero_copy_only=False)
+    is_positive = np.arange(len(flat)) - np.repeat(np.cumsum(lengths) - lengths, lengths) < positives[owner]
+    order = np.lexsort((found_by, ~is_positive, flat, owner))
+    first, second = order[:-1], order[1:]
+    same = (owner[first] == owner[second]) & (flat[first] == flat[second])
+    same &= is_positive[first] | (found_by[first] == found_by[second])
     if same.any():
-        first, second = sorted(order[[int(np.argmax(same)), int(np.argmax(same)) + 1]].tolist())
-        row = int(owner[first])
+        pair = sorted((int(first[np.argmax(same)]), int(second[np.argmax(same)])))
+        row = int(owner[pair[0]])
         start = int(np.searchsorted(owner, row))
         raise InputError(
-            f"documents {first - start + 1} and {second - start + 1} of the row are the same",
+            f"documents {pair[0] - start + 1} and {pair[1] - start + 1} of the row are the same",
             where=f"{place(row)}, {where}",
-            cure="List every document once; a positive must not be among the negatives",
+            cure="List every document once (a negative: once for each source); a positive must not be among them",
         )
 
 
