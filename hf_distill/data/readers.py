@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import json
-import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from hf_distill.data.arrow import BLOCK_ROWS
+from hf_distill.data.lines import Lines, line_blocks, read_lines
 from hf_distill.errors import InputError
 
 
@@ -80,8 +81,10 @@ def read_blocks(path: str | Path) -> Iterator[Block]:
         yield from _parquet_blocks(path)
     elif kind in (".jsonl", ".json"):
         yield from _json_blocks(path)
-    elif kind in (".tsv", ".csv"):
-        yield from _separated_blocks(path, TAB if kind == ".tsv" else ",")
+    elif kind == ".tsv":
+        yield from tab_blocks(path)
+    elif kind == ".csv":
+        yield from _comma_blocks(path)
     else:
         raise InputError(
             f"no reader for a file named {path.name!r}",
@@ -90,39 +93,51 @@ def read_blocks(path: str | Path) -> Iterator[Block]:
         )
 
 
-def read_lines(path: str | Path, *, blank: bool = False) -> Iterator[tuple[int, str]]:
-    """Line numbers from 1 and decoded lines without their line ends; blank lines only where `blank` is true.
+def tab_blocks(path: str | Path, names: Sequence[str] | None = None, *, blanks: bool = False) -> Iterator[Block]:
+    """Reads tab-separated values in blocks. Nothing is quoted: a text may begin with a quotation mark.
 
-    Only `\\n` and `\\r\\n` end a line, so that a text may hold other Unicode line separators.
+    Args:
+        path: The file, plain or gzip.
+        names: The columns; by default the first line has them.
+        blanks: Whether fields may be separated by blanks as well, as in TREC files.
+
+    Raises:
+        InputError: A line with another number of fields, and what `read_lines` raises.
     """
-    path = Path(path)
-    number = 0
-    try:
-        with open(path, "rb") as plain:
-            compressed = plain.read(2) == b"\x1f\x8b"
-            plain.seek(0)
-            stream = gzip.GzipFile(fileobj=plain) if compressed else plain
-            for number, line in enumerate(stream, start=1):
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise InputError(
-                        f"byte {error.start + 1} of the line ({line[error.start : error.start + 1]!r}) is not UTF-8",
-                        where=f"{path}, line {number}",
-                        cure="Convert the file to UTF-8, for example with iconv -f latin1 -t utf-8",
-                    ) from None
-                text = text.rstrip("\r\n")
-                if text or blank:
-                    yield number, text
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        problem = "the compressed file ends too early" if isinstance(error, EOFError) else f"broken gzip ({error})"
+    header = names is None
+    for lines in line_blocks(path):
+        if blanks:
+            lines.texts = pc.replace_substring_regex(lines.texts, r"[ \t\v\f]+", TAB)
+        if names is None:
+            names = [name.strip() for name in lines.texts[0].as_py().split(TAB)]
+            rest = None if lines.numbers is None else lines.numbers[1:]
+            lines = Lines(lines.texts[1:], lines.number(min(1, len(lines.texts) - 1)), rest)
+            if not len(lines.texts):
+                yield Block({name: [] for name in names}, str(path), 2, "line")
+                continue
+        yield Block(_fields(lines, names, str(path), header), str(path), lines.first, "line", lines.numbers)
+    if names is None:
+        raise InputError("the file is empty", where=str(path), cure="It needs a header line and at least one row")
+
+
+def _fields(lines: Lines, names: Sequence[str], where: str, header: bool) -> dict[str, pa.Array]:
+    """The columns of lines, each an array of strings."""
+    width = len(names)
+    tabs = pc.count_substring(lines.texts, TAB).to_numpy(zero_copy_only=False)
+    wrong = tabs != width - 1
+    if wrong.any():
+        index = int(np.argmax(wrong))
+        line = lines.texts[index].as_py()
         raise InputError(
-            f"{problem} after line {number}", where=str(path), cure="Copy or download the file again; it is incomplete"
-        ) from None
-    except OSError as error:
-        raise InputError(
-            f"cannot be read ({error.strerror or error})", where=str(path), cure="Check the path"
-        ) from None
+            f"{tabs[index] + 1} fields where {'the header has' if header else 'a line has'} {width} "
+            f"({', '.join(names)}): {line[:80]!r}",
+            where=f"{where}, line {lines.number(index)}",
+            cure="Every line must have the same fields, separated by tabs",
+        )
+    if width == 1:
+        return {names[0]: lines.texts}
+    flat = pc.split_pattern(lines.texts, TAB).flatten()
+    return {name: flat.take(pa.array(np.arange(number, len(flat), width))) for number, name in enumerate(names)}
 
 
 def _json_blocks(path: Path) -> Iterator[Block]:
@@ -162,7 +177,7 @@ def _json_blocks(path: Path) -> Iterator[Block]:
         yield flush()
 
 
-def _separated_blocks(path: Path, separator: str) -> Iterator[Block]:
+def _comma_blocks(path: Path) -> Iterator[Block]:
     header: list[str] | None = None
     rows: list[list[str]] = []
     lines: list[int] = []
@@ -170,17 +185,16 @@ def _separated_blocks(path: Path, separator: str) -> Iterator[Block]:
     def flush() -> Block:
         return _line_block({name: list(column) for name, column in zip(header, zip(*rows))}, path, lines)
 
-    for number, cells in _cells(path, separator):
+    for number, cells in _cells(path):
         if header is None:
             header = [cell.strip() for cell in cells]
             continue
         if len(cells) != len(header):
-            line = separator.join(cells)
             raise InputError(
-                f"{len(cells)} fields where the header has {len(header)} ({', '.join(header)}): {line[:80]!r}",
+                f"{len(cells)} fields where the header has {len(header)} ({', '.join(header)}): "
+                f"{','.join(cells)[:80]!r}",
                 where=f"{path}, line {number}",
-                cure="Every line must have the header's fields, separated by "
-                + ("tabs" if separator == "\t" else "commas"),
+                cure="Every line must have the header's fields, separated by commas",
             )
         if len(rows) >= BLOCK_ROWS:
             yield flush()
@@ -198,12 +212,7 @@ def _line_block(columns: dict[str, list[Any]], path: Path, lines: list[int]) -> 
     return Block(columns, str(path), lines[0], "line", array("q", lines) if gaps else None)
 
 
-def _cells(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
-    if separator == TAB:
-        # Tab-separated files of this field are not quoted: a text may begin with a quotation mark.
-        for number, line in read_lines(path):
-            yield number, line.split(TAB)
-        return
+def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader((line + "\n" for _, line in read_lines(path, blank=True)), strict=True)
     start = 1

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hf_distill.data.lines import read_lines
 from hf_distill.data.qrels import Qrels
-from hf_distill.data.readers import read_lines
 from hf_distill.data.tables import Corpus, Queries, TextTable
 from hf_distill.errors import InputError
 from hf_distill.files import atomic_path
