@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = attach(
     {
         "evaluate": ["evaluate_system", "run_file"],
         "in_loop": ["RetrievalEvaluation"],
-        "measures": ["DEFAULT_MEASURES", "Result", "evaluate_run", "parse_measure"],
+        "measures": ["DEFAULT_MEASURES", "Result", "evaluate_run", "metric_folder", "parse_measure"],
         "plots": ["plot_report", "plot_tradeoff", "plot_training"],
         "report": [
             "load_metrics",
@@ -20,6 +20,14 @@ __getattr__, __dir__, __all__ = attach(
             "summary_table",
             "update_metrics",
             "write_per_query",
+        ],
+        "significance": [
+            "Comparison",
+            "adjust_p_values",
+            "average_seeds",
+            "compare_systems",
+            "paired_randomization_test",
+            "paired_t_test",
         ],
     },
 )

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from hf_distill.errors import InputError
-
-
-DEFAULT_MEASURES = ("nDCG@10", "RR@10", "R@100")
-
-# Our names (those of ir_measures) -> the measure of trec_eval without and with a cut-off. trec_eval has no reciprocal
-# rank with a cut-off; it follows from the whole run's, see `_value`.
-_TREC_EVAL = {
-    "nDCG": ("ndcg", "ndcg_cut"),
-    "RR": ("recip_rank", "recip_rank"),
-    "AP": ("map", "map_cut"),
-    "R": (None, "recall"),
-    "P": (None, "P"),
-    "Success": (None, "success"),
-}
-_ALIASES = {"mrr": "RR", "map": "AP", "recall": "R", "precision": "P", "hit": "Success", "hits": "Success"}
-_NAMES = {name.lower(): name for name in _TREC_EVAL} | _ALIASES
+from hf_distill.evaluation.ranking_measures import trec_measures
+from hf_distill.evaluation.ranking_measures.trec_measures import DEFAULT_MEASURES
 
 
 @dataclass(frozen=True)
@@ -46,54 +32,17 @@ def evaluate_run(
     *,
     relevance_threshold: int = 1,
 ) -> Result:
-    """Measures a run.
+    """Measures a run; what the measures mean, and the arguments, are those of [`measure_run`].
 
-    The mean runs over *all* queries that have a relevant document; a query without results counts 0, and results of
-    other queries are ignored. Results are sorted by score and, where scores are equal, by document id, both
-    descending, as trec_eval does; `RR@k` and `AP@k` are those of the first k results.
-
-    Args:
-        qrels: query id -> document id -> grade.
-        run: query id -> document id -> score.
-        measures: `nDCG`, `RR` and `AP`, with or without a cut-off such as `nDCG@10`; `R`, `P` and `Success` (a
-            relevant document among the first k) with one. `MRR`, `MAP` and `Recall` are understood.
-        relevance_threshold: The lowest grade that is relevant (TREC Deep Learning: 2). nDCG uses all positive grades.
+    The mean runs over *all* queries that have a relevant document; a query without results counts 0.
 
     Raises:
         InputError: For an unknown measure, a threshold below 1, a score that is not a number, or judgements without
             any relevant document.
     """
-    import pytrec_eval
-
-    parsed = {measure: parse_measure(measure) for measure in measures}
-    if relevance_threshold < 1:
-        raise InputError(f"the relevance threshold {relevance_threshold} is below 1", cure="Give 1 or more")
-    judged = {
-        str(query): {str(document): int(grade) for document, grade in documents.items()}
-        for query, documents in qrels.items()
-        if any(grade >= relevance_threshold for grade in documents.values())
-    }
-    if not judged:
-        raise InputError(
-            f"no query has a document of grade {relevance_threshold} or more",
-            where="qrels",
-            cure="Give judgements with relevant documents, or lower the relevance threshold",
-        )
-    scored = {query: _scores(query, run[query]) for query in judged if run.get(query)}
-    wanted: dict[str, set[int]] = {}
-    for name, k in parsed.values():
-        whole, cut = _TREC_EVAL[name]
-        wanted.setdefault(whole if k is None else cut, set()).update([] if k is None or whole == cut else [k])
-    names = {f"{name}.{','.join(map(str, sorted(cuts)))}" if cuts else name for name, cuts in wanted.items()}
-    evaluator = pytrec_eval.RelevanceEvaluator(judged, names, relevance_level=relevance_threshold)
-    values = evaluator.evaluate(scored)
-    per_query = {
-        query: {measure: _value(values.get(query), *parsed[measure]) for measure in parsed} for query in judged
-    }
-    means: dict[str, float] = {
-        measure: math.fsum(row[measure] for row in per_query.values()) / len(per_query) for measure in parsed
-    }
-    return Result({**means, "n_queries": len(per_query)}, per_query)
+    with _input_errors():
+        per_query = trec_measures.measure_run(qrels, run, measures, relevance_threshold)
+    return Result(trec_measures.mean_measures(per_query), per_query)
 
 
 def parse_measure(measure: str) -> tuple[str, int | None]:
@@ -102,30 +51,19 @@ def parse_measure(measure: str) -> tuple[str, int | None]:
     Raises:
         InputError: If there is no such measure, or it lacks its cut-off.
     """
-    match = re.fullmatch(r"([A-Za-z]+)(?:@([1-9]\d*))?", measure.strip())
-    name = _NAMES.get(match[1].lower()) if match else None
-    if match is None or name is None:
-        raise InputError(
-            f"unknown measure {measure!r}", cure=f"Choose among {', '.join(_TREC_EVAL)}, for example nDCG@10"
-        )
-    if match[2] is None and _TREC_EVAL[name][0] is None:
-        raise InputError(f"the measure {measure!r} lacks a cut-off", cure=f"Write for example {measure.strip()}@100")
-    return name, int(match[2]) if match[2] else None
+    with _input_errors():
+        return trec_measures.parse_measure(measure)
 
 
-def _scores(query: str, documents: Mapping[str, float]) -> dict[str, float]:
-    scores = {str(document): float(score) for document, score in documents.items()}
-    for document, score in scores.items():
-        if math.isnan(score):
-            raise InputError(f"the score of document {document!r} is not a number", where=f"run, query {query!r}")
-    return scores
+def metric_folder() -> Path:
+    """The folder for `evaluate.load`; uploaded as it is (`repo_type="space"`), it is a metric on the Hub."""
+    return Path(trec_measures.__file__).parent
 
 
-def _value(values: Mapping[str, float] | None, name: str, k: int | None) -> float:
-    if values is None:
-        return 0.0
-    whole, cut = _TREC_EVAL[name]
-    if name == "RR":
-        reciprocal = values[cut]
-        return reciprocal if k is None or (reciprocal > 0 and round(1 / reciprocal) <= k) else 0.0
-    return values[str(whole) if k is None else f"{cut}_{k}"]
+@contextmanager
+def _input_errors() -> Iterator[None]:
+    # The definitions must not import this package, see there.
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from None
