@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,3 +236,37 @@ def test_a_pickle_of_memory_mapped_rows_is_small(tmp_path):
     pickled = pickle.dumps(dataset)
     assert len(pickled) < 100_000  # the columns have 1.6 MB
     assert same(pickle.loads(pickled)[11, 3], dataset[11, 3])
+
+
+def test_windows_are_those_of_the_released_code():
+    """The golden examples name a passage by its first token, which stands for its position here."""
+    golden = json.loads((Path(__file__).parent / "golden" / "tele_sampling.json").read_text())
+    corpus = Corpus.from_records([{"document_id": str(i), "title": "", "text": f"passage {i}"} for i in range(4000)])
+    queries = Queries.from_records([{"query_id": str(i), "text": f"query {i}"} for i in range(5)])
+    documents = [[text[0] for text in (*row["positives"], *row["negatives"])] for row in golden["rows"]]
+    rows = RowSet.from_arrays(
+        queries, corpus, np.arange(5), documents, np.array([len(row["positives"]) for row in golden["rows"]])
+    )
+    seen = 0
+    for case in golden["cases"]:
+        examples = TrainingRows(
+            rows,
+            num_negatives=case["train_n_passages"] - 1,
+            sampling="hardest" if case["negative_passage_no_shuffle"] else "window",
+            positive="first" if case["positive_passage_no_shuffle"] else "rotate",
+            seed=case["seed"],
+        )
+        for row, (_, passages) in enumerate(case["examples"]):
+            drawn = examples[row, int(case["state_epoch"])].documents.tolist()
+            assert drawn == [text[1] for text in passages]
+            seen += 1
+    assert seen == 5 * 42
+
+
+def test_a_window_returns_only_after_the_whole_pool():
+    pool = np.arange(1, 41)
+    rows = RowSet.from_arrays(QUERIES, CORPUS, [0], [[0, *pool]], [1])
+    examples = TrainingRows(rows, num_negatives=8, sampling="window", seed=3)
+    drawn = [examples[0, epoch].documents[1:].tolist() for epoch in range(6)]
+    assert sorted(sum(drawn[:5], [])) == pool.tolist()
+    assert drawn[5] == drawn[0]

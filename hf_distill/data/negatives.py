@@ -6,6 +6,7 @@ eight, with or without loader workers, and after a resume in the middle of an ep
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -69,8 +70,11 @@ class TrainingRows(torch.utils.data.Dataset):
         num_negatives: How many negatives every example gets. A pool that is smaller is repeated cyclically, an empty
             one is an error.
         sampling: `"random"` draws without replacement and anew in every epoch; `"hardest"` takes the first ones in
-            the order of the pool.
-        positive: `"first"` always takes the first positive; `"random"` draws one in every epoch.
+            the order of the pool; `"window"` shuffles a row's pool once and takes the next ones in every epoch, so
+            that none returns before all were seen (ANCE-Tele, Sun et al. 2022, https://arxiv.org/abs/2210.17167, with
+            the generator of its released code).
+        positive: `"first"` always takes the first positive; `"random"` draws one in every epoch; `"rotate"` takes the
+            next one in every epoch.
         seed: Of all draws.
         sources: Share of the draws of every source of negatives, for example `{"bm25": 1, "teacher": 3}`; a source
             that is not named is not drawn from. The shares do not depend on how many documents a source has in the
@@ -94,8 +98,8 @@ class TrainingRows(torch.utils.data.Dataset):
         score_columns: Sequence[str] = (),
         positives: PositiveIndex | None = None,
     ):
-        _check_choice("sampling", sampling, ("random", "hardest"))
-        _check_choice("positive", positive, ("first", "random"))
+        _check_choice("sampling", sampling, ("random", "hardest", "window"))
+        _check_choice("positive", positive, ("first", "random", "rotate"))
         if num_negatives < 0:
             raise InputError(f"{num_negatives} is not a number of negatives", where="num_negatives")
         self.rows, self.num_negatives, self.sampling, self.positive, self.seed = (
@@ -134,9 +138,9 @@ class TrainingRows(torch.utils.data.Dataset):
                     f"{weight} is not a weight", where=f"sources, {name!r}", cure="Use a number from 0 up"
                 )
         kept = {name: float(weight) for name, weight in weights.items() if weight > 0}
-        if self.sampling == "hardest" and len(set(kept.values())) > 1:
+        if self.sampling != "random" and len(set(kept.values())) > 1:
             raise InputError(
-                "different weights have no meaning when always the hardest are taken",
+                "different weights have no meaning when the order of the pool decides",
                 where="sources",
                 cure="Use sampling 'random', or give every source that takes part the weight 1",
             )
@@ -199,9 +203,9 @@ class TrainingRows(torch.utils.data.Dataset):
             stream = random_stream(self.seed, epoch, row)
         places = np.empty(1 + self.num_negatives, np.int64)
         if labelled:
-            places[0] = stream.integers(num_positives) if self.positive == "random" and num_positives > 1 else 0
+            places[0] = self._draw_positive(key, num_positives, stream)
         if len(places) > labelled:
-            places[labelled:] = self._draw(row, num_positives, len(documents), len(places) - labelled, stream)
+            places[labelled:] = self._draw(key, num_positives, len(documents), len(places) - labelled, stream)
         return Example(
             row=int(row),
             query=int(self._query[row]),
@@ -211,11 +215,22 @@ class TrainingRows(torch.utils.data.Dataset):
             scores={name: self.rows.values_at(name, row)[places] for name in self.score_columns},
         )
 
-    def _draw(self, row: int, start: int, stop: int, count: int, stream: np.random.Generator | None) -> np.ndarray:
+    def _draw_positive(self, key: RowKey, num_positives: int, stream: np.random.Generator | None) -> int:
+        if self.positive == "rotate":
+            return (key[0] + self.seed + key[1]) % num_positives
+        return int(stream.integers(num_positives)) if self.positive == "random" and num_positives > 1 else 0
+
+    def _draw(self, key: RowKey, start: int, stop: int, count: int, stream: np.random.Generator | None) -> np.ndarray:
         """Positions in the row's list, all in `start:stop`: `int64[count]`."""
+        row, epoch = key
         weights = self._document_weights(row, start)
-        if self.sampling == "hardest":
+        if self.sampling != "random":
             order = np.arange(stop - start) if weights is None else np.flatnonzero(weights)
+            if self.sampling == "window":
+                shuffled = order.tolist()
+                # Seeded as in the released code, whose examples this draws.
+                random.Random(int(row) + self.seed).shuffle(shuffled)
+                order = np.roll(shuffled, -(epoch * count % len(shuffled)))
         elif weights is None:
             order = _smallest(stream.random(stop - start), count)
         else:

@@ -24,9 +24,13 @@ class RetrievalOptions:
     _argument_group_name = "training on rows of queries and candidate passages"
 
     num_negatives: int = _option(7, "Negatives of each query in a batch, drawn from the row's pool.")
-    negative_sampling: str = _option("random", "How negatives are drawn from the pool.", choices=["random", "hardest"])
+    negative_sampling: str = _option(
+        "random",
+        "How negatives are drawn from the pool: at random, the first ones, or the next ones of a pool shuffled once.",
+        choices=["random", "hardest", "window"],
+    )
     positive_sampling: str = _option(
-        "first", "Which positive of a row is used in an epoch.", choices=["first", "random"]
+        "first", "Which positive of a row is used in an epoch.", choices=["first", "random", "rotate"]
     )
     negative_sources: str | None = _option(
         None, 'Weights of the pool\'s sources as JSON, for example \'{"bm25": 1, "dense": 2}\'. Default: all alike.'
