@@ -236,10 +236,10 @@ class Report:
 
 def model_figures(model: RetrievalModel) -> dict[str, int]:
     """Layers and parameters of a model as it is served."""
-    from ..models.student import layer_list
+    from ..models.base import block_list
 
     served = [tower for tower in model.towers.values()]
     return {
-        "layers": len(layer_list(served[0])[1]),
+        "layers": len(block_list(served[0])[1]),
         "parameters": sum(parameter.numel() for tower in served for parameter in tower.parameters()),
     }

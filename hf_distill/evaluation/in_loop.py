@@ -12,7 +12,6 @@ from ..data.collection import Collection
 from ..data.run import Run
 from ..distributed import rank, world_size
 from ..models.base import RetrievalModel
-from ..models.cross_encoder import CrossEncoderRanker
 from .measures import evaluate_run
 
 
@@ -74,7 +73,7 @@ class RetrievalEvaluation:
         return len(self.queries)
 
     def __call__(self, model: RetrievalModel) -> dict[str, float]:
-        run = self._rerank(model) if isinstance(model, CrossEncoderRanker) else self._search(model)
+        run = self._rerank(model) if model.representation == "pair" else self._search(model)
         collection = self.collection
         result = evaluate_run(
             self.qrels.as_dict(collection.queries, collection.corpus),
@@ -83,7 +82,7 @@ class RetrievalEvaluation:
         )
         return {name: result.means[name] for name in self.measures}
 
-    def _rerank(self, model: CrossEncoderRanker) -> Run:
+    def _rerank(self, model: RetrievalModel) -> Run:
         from ..retrieval.score import rerank
 
         # Nothing is kept: these weights are gone after the next step.

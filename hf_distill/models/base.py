@@ -6,7 +6,7 @@ import copy
 import hashlib
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +18,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..console import get_logger
 from ..errors import InputError
 from . import layouts
+from .candidates import CANDIDATES, arrange, candidate_scores
 from .dropout import FastDropout
+from .layer_scores import check_layers, vector_layer_scores
 from .loading import position_offset, quiet_transformers
 from .memory import return_freed_memory
 from .processing import DEFAULT_TEMPLATE, TextProcessor
@@ -64,9 +66,13 @@ class RetrievalModel(PreTrainedModel):
         representation: What the model makes of texts, by which the rest of the library chooses its way: `"dense"` (one
             vector a text), `"sparse"` (one vector over the vocabulary), `"tokens"` (one vector a token) or `"pair"`
             (no vectors: query and passage are read together and scored).
+        candidate_sets: The candidates that the model can score in a batch, see [`hf_distill.models.candidates`].
+        embedding_size: Width of its embedding of a text; None where a text has none.
     """
 
     representation: ClassVar[str]
+    candidate_sets: ClassVar[tuple[str, ...]] = CANDIDATES
+    embedding_size: int | None = None
 
     config_class = RetrievalConfig
     base_model_prefix = ""
@@ -106,6 +112,43 @@ class RetrievalModel(PreTrainedModel):
 
     def _restore(self, folder: Path) -> None:
         raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------- scores of a batch
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks of the (first) backbone.
+
+        Raises:
+            InputError: If the family shares its blocks.
+        """
+        return block_list(plain_model(self.backbone))[1]
+
+    @property
+    def num_layers(self) -> int:
+        """Number of transformer blocks."""
+        return plain_model(self.backbone).config.num_hidden_layers
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Raises [`InputError`] for a layer number that this model does not have."""
+        check_layers(layers, self.num_layers, str(self.name_or_path or type(self).__name__))
+
+    def batch_scores(self, output: Any, batch: Mapping[str, Any], candidates: str) -> torch.Tensor:
+        """Training scores of a collated batch, float32, in the layout of [`hf_distill.models.candidates`].
+
+        Args:
+            output: What `forward` returned for the batch's tokens.
+            batch: The collator's batch.
+            candidates: One of `candidate_sets`.
+        """
+        return candidate_scores(self, *arrange(output.query, output.passage, batch), candidates)
+
+    def layer_scores(self, output: Any, batch: Mapping[str, Any], candidates: str) -> torch.Tensor:
+        """What the layers that `forward` was asked for say about the candidates: float32 `[K, Q, C]`.
+
+        See [`hf_distill.models.layer_scores`] for how a layer becomes scores.
+        """
+        return vector_layer_scores(*arrange(*output.layers, batch), candidates)
 
     # -------------------------------------------------------------------------------------------------- running
 
@@ -357,6 +400,36 @@ def use_attention(model: RetrievalModel, implementation: str) -> None:
         if implementation == "sdpa" and not getattr(plain, "_supports_sdpa", False):
             continue
         plain.set_attn_implementation(implementation)
+
+
+def block_list(backbone: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and list of a backbone's blocks: the one module list as long as the configuration says.
+
+    Raises:
+        InputError: If there is none, as where a family shares one block.
+    """
+    total = backbone.config.num_hidden_layers
+    found = [
+        (name, module)
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == total
+    ]
+    if not found:
+        raise InputError(
+            f"the backbone {backbone.config.model_type!r} has no list of {total} layers (it may share them)",
+            where="layers",
+            cure="Name a model whose layers have weights of their own",
+        )
+    # Lists inside a layer (experts, say) come after the list of layers in this order.
+    return found[0]
+
+
+def skeleton(model: RetrievalModel) -> RetrievalModel:
+    """A copy of a model without its weights, which stand on the device `meta` until they are assigned."""
+    weights = {
+        id(one): nn.Parameter(torch.empty_like(one, device="meta"), one.requires_grad) for one in model.parameters()
+    }
+    return copy.deepcopy(model, weights)
 
 
 def is_adapted(tower: nn.Module) -> bool:

@@ -30,9 +30,10 @@ class Comparison(Protocol):
 
 
 def arrange(query: torch.Tensor, passage: torch.Tensor, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Puts the embeddings of the distinct texts of a batch into the fixed layout: `[Q, D]` and `[Q, M, D]`."""
+    """Puts what is known of the distinct texts of a batch (`[T, ...]` each) into the fixed layout: `[Q, ...]` and
+    `[Q, M, ...]`."""
     rows, width = batch["passage_ids"].shape
-    return query[batch["query_index"]], passage[batch["passage_index"]].view(rows, width, -1)
+    return query[batch["query_index"]], passage[batch["passage_index"]].unflatten(0, (rows, width))
 
 
 def candidate_scores(

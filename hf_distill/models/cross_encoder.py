@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
 
 from ..errors import InputError
 from . import layouts
 from .base import RetrievalConfig, RetrievalModel, plain_model
+from .layer_scores import block_outputs
 from .loading import choose_length, load_backbone, load_tokenizer
 from .processing import TextProcessor
 from .source import ModelSource, find_model
@@ -31,6 +36,19 @@ class CrossEncoderConfig(RetrievalConfig):
     max_length: int = 512
 
 
+@dataclass
+class RankerOutput(ModelOutput):
+    """What a [`CrossEncoderRanker`] gives where it is asked for its layers.
+
+    Args:
+        scores: Float32 `[T]`, one a pair.
+        layers: Float32 `[T, K]`, the head's score of each chosen layer.
+    """
+
+    scores: torch.Tensor | None = None
+    layers: torch.Tensor | None = None
+
+
 class CrossEncoderRanker(RetrievalModel):
     """A transformers classifier of one label, whose logit is the score of a query-passage pair.
 
@@ -42,6 +60,7 @@ class CrossEncoderRanker(RetrievalModel):
 
     config_class = CrossEncoderConfig
     representation = "pair"
+    candidate_sets = ("own",)
 
     def __init__(self, config: CrossEncoderConfig, backbone: PreTrainedModel | None = None, tokenizer: Any = None):
         super().__init__(config, tokenizer)
@@ -127,16 +146,22 @@ class CrossEncoderRanker(RetrievalModel):
     def settings(self) -> dict[str, Any]:
         return {"head": type(plain_model(self.backbone)).__name__}
 
-    def score_chunk(self, chunk: Mapping[str, torch.Tensor], embeddings: torch.Tensor | None = None) -> torch.Tensor:
+    def score_chunk(
+        self,
+        chunk: Mapping[str, torch.Tensor],
+        embeddings: torch.Tensor | None = None,
+        layers: Sequence[int] = (),
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Scores of one padded chunk of pairs.
 
         Args:
             chunk: `input_ids` and `attention_mask` `[t, l]`; optionally `token_type_ids`, which are otherwise found
                 from the first separator.
             embeddings: Its word embeddings `[t, l, H]`, where they are known already.
+            layers: Numbers of layers, from 1, that the whole head is applied to as well.
 
         Returns:
-            Float32 `[t]`.
+            Float32 `[t]`; with `layers` also `[t, K]`.
         """
         inputs = self._inputs(self.backbone, chunk, embeddings)
         if "token_type_ids" in chunk:
@@ -149,21 +174,43 @@ class CrossEncoderRanker(RetrievalModel):
                 where="score_chunk",
                 cure="Pass token_type_ids with every chunk, as TextProcessor.pairs returns them",
             )
-        return self.backbone(**inputs).logits.squeeze(-1).float()
+        if not layers:
+            return self.backbone(**inputs).logits.squeeze(-1).float()
+        with block_outputs(self.blocks, layers) as found:
+            scores = self.backbone(**inputs).logits.squeeze(-1).float()
+        return scores, torch.stack([self._head(found[number], inputs) for number in layers], 1)
 
-    def forward(self, pair: Mapping[str, Any]) -> torch.Tensor:
+    def _head(self, hidden: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """The scores `[t]` that the classifier's own head gives for a block's hidden states `[t, l, H]`."""
+        # The head is whatever the architecture's forward does after its encoder: that forward is run with the encoder
+        # replaced by the hidden states, which works for every family.
+        with _replaced_encoder(plain_model(self.backbone), hidden):
+            return self.backbone(**inputs).logits.squeeze(-1).float()
+
+    def batch_scores(self, output: Any, batch: Mapping[str, Any], candidates: str) -> torch.Tensor:
+        scores = output.scores if isinstance(output, RankerOutput) else output
+        return scores.float().view(batch["passage_ids"].shape)
+
+    def layer_scores(self, output: Any, batch: Mapping[str, Any], candidates: str) -> torch.Tensor:
+        return output.layers.float().unflatten(0, batch["passage_ids"].shape).permute(2, 0, 1)
+
+    def forward(self, pair: Mapping[str, Any], layers: Sequence[int] = ()) -> torch.Tensor | RankerOutput:
         """Scores of a batch of pairs.
 
         Args:
             pair: A token batch: `chunks`, each as [`score_chunk`] takes it, and `inverse` `[T]`, which restores the
                 order of the pairs.
+            layers: Numbers of layers, from 1, whose scores are wanted too.
 
         Returns:
-            Float32 `[T]`.
+            Float32 `[T]`; with `layers` a [`RankerOutput`].
         """
         embeddings = self._embedded(self.backbone, pair["chunks"])
-        parts = [self._maybe_recompute(self.score_chunk, *both) for both in zip(pair["chunks"], embeddings)]
-        return torch.cat(parts)[pair["inverse"]]
+        parts = [self._maybe_recompute(self.score_chunk, *both, layers) for both in zip(pair["chunks"], embeddings)]
+        if not layers:
+            return torch.cat(parts)[pair["inverse"]]
+        scores, of_layers = (torch.cat(part)[pair["inverse"]] for part in zip(*parts))
+        return RankerOutput(scores, of_layers)
 
     def _export(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
         config = self.config
@@ -184,6 +231,22 @@ class CrossEncoderRanker(RetrievalModel):
 
     def _restore(self, folder: Path) -> None:
         self._restore_tower("backbone", folder)
+
+
+@contextmanager
+def _replaced_encoder(classifier: PreTrainedModel, hidden: torch.Tensor) -> Iterator[None]:
+    """Within it, the encoder of a classifier gives `hidden` as its last hidden state, whatever it is asked."""
+    encoder = classifier.base_model
+    pooler = getattr(encoder, "pooler", None)
+
+    def forward(*_: Any, **__: Any) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(hidden, None if pooler is None else pooler(hidden))
+
+    encoder.forward = forward
+    try:
+        yield
+    finally:
+        del encoder.forward  # the class's own is in force again
 
 
 def _types_after_separator(chunk: Mapping[str, torch.Tensor], separator: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,8 @@ from transformers.utils import ModelOutput
 
 from ..errors import InputError
 from . import layouts
-from .base import RetrievalConfig, RetrievalModel, freeze_unused, plain_model
+from .base import RetrievalConfig, RetrievalModel, block_list, freeze_unused, plain_model
+from .layer_scores import block_outputs
 from .layouts import Layout, ProjectionLayout, TowerLayout
 from .loading import choose_length, load_backbone, load_tokenizer
 from .processing import TextProcessor, tokenizer_fingerprint
@@ -69,11 +70,13 @@ class RetrieverOutput(ModelOutput):
         query: Float32 `[T, D]`, one vector a text of the query batch.
         passage: Float32 `[T, D]`, one vector a text of the passage batch.
         projected: For every projection in `training_modules` its (query, passage) vectors.
+        layers: For the chosen layers the pooled (query, passage) vectors, float32 `[T, K, H]` each.
     """
 
     query: torch.Tensor | None = None
     passage: torch.Tensor | None = None
     projected: dict[str, tuple] | None = field(default=None)
+    layers: tuple | None = None
 
 
 class Projection(nn.Linear):
@@ -245,18 +248,25 @@ class DenseRetriever(RetrievalModel):
     # -------------------------------------------------------------------------------------------------- running
 
     def encode(
-        self, chunk: Mapping[str, torch.Tensor], kind: Kind, embeddings: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self,
+        chunk: Mapping[str, torch.Tensor],
+        kind: Kind,
+        embeddings: torch.Tensor | None = None,
+        layers: Sequence[int] = (),
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Vectors of one padded chunk.
 
         Args:
             chunk: `input_ids` and `attention_mask`, `[t, l]`.
             kind: Which tower reads it.
             embeddings: Its word embeddings `[t, l, H]`, where they are known already.
+            layers: Numbers of layers, from 1, whose pooled vectors are wanted too.
 
         Returns:
-            Float32 `[t, D]`.
+            Float32 `[t, D]`; with `layers` also `[t, K, H]`, neither projected nor normalised.
         """
+        if layers:
+            return self._encode_layers(chunk, kind, embeddings, layers)
         second = kind == "passage"
         tower = self.passage_backbone if second and self.passage_backbone is not None else self.backbone
         hidden = tower(**self._inputs(tower, chunk, embeddings)).last_hidden_state
@@ -266,8 +276,21 @@ class DenseRetriever(RetrievalModel):
             vectors = projection(vectors)
         return F.normalize(vectors, dim=-1) if self.config.normalize else vectors
 
+    def _encode_layers(
+        self, chunk: Mapping[str, torch.Tensor], kind: Kind, embeddings: torch.Tensor | None, layers: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        second = kind == "passage" and self.passage_backbone is not None
+        tower = self.passage_backbone if second else self.backbone
+        with block_outputs(block_list(plain_model(tower))[1], layers) as found:
+            vectors = self.encode(chunk, kind, embeddings)
+        pooled = [pool(found[number], chunk["attention_mask"], self.config.pooling) for number in layers]
+        return vectors, torch.stack(pooled, 1)
+
     def forward(
-        self, query: Mapping[str, Any] | None = None, passage: Mapping[str, Any] | None = None
+        self,
+        query: Mapping[str, Any] | None = None,
+        passage: Mapping[str, Any] | None = None,
+        layers: Sequence[int] = (),
     ) -> RetrieverOutput:
         """Vectors of a batch of queries and a batch of passages, in one call.
 
@@ -275,6 +298,7 @@ class DenseRetriever(RetrievalModel):
             query: A token batch: `chunks`, each with `input_ids` and `attention_mask` `[t_i, l_i]`, and `inverse`
                 `[T]`, which restores the order of the texts.
             passage: The same for passages.
+            layers: Numbers of layers, from 1, whose pooled vectors are wanted too.
         """
         batches = {kind: batch for kind, batch in (("query", query), ("passage", passage)) if batch is not None}
         if self.passage_backbone is None:
@@ -291,8 +315,14 @@ class DenseRetriever(RetrievalModel):
                 ]
             )
         vectors: dict[str, torch.Tensor] = {}
+        of_layers: dict[str, torch.Tensor] = {}
         for kind, batch in batches.items():
-            parts = [self._maybe_recompute(self.encode, chunk, kind, next(embeddings)) for chunk in batch["chunks"]]
+            parts: list[Any] = [
+                self._maybe_recompute(self.encode, chunk, kind, next(embeddings), layers) for chunk in batch["chunks"]
+            ]
+            if layers:
+                of_layers[kind] = torch.cat([part[1] for part in parts])[batch["inverse"]]
+                parts = [part[0] for part in parts]
             vectors[kind] = torch.cat(parts)[batch["inverse"]]
         query_vectors, passage_vectors = vectors.get("query"), vectors.get("passage")
         projected = {
@@ -302,7 +332,12 @@ class DenseRetriever(RetrievalModel):
             for name, module in self.training_modules.items()
             if isinstance(module, nn.Linear)
         }
-        return RetrieverOutput(query=query_vectors, passage=passage_vectors, projected=projected or None)
+        return RetrieverOutput(
+            query=query_vectors,
+            passage=passage_vectors,
+            projected=projected or None,
+            layers=(of_layers.get("query"), of_layers.get("passage")) if layers else None,
+        )
 
     def add_projection(self, name: str, dimension: int) -> None:
         """Adds a linear layer from this model's vectors to `dimension`, trained along but not exported.

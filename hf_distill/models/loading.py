@@ -24,15 +24,24 @@ _ENCODER_CLASSES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "U
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silences transformers' report on loaded weights, which the callers check themselves."""
+    """Opens models without transformers' report on loaded weights, which the callers check themselves, and whole.
+
+    Once ZeRO-3 is configured, transformers opens every model in pieces, teachers too; a piece can neither be cut into a
+    student nor encode on its own. The engine divides the student when training begins.
+    """
+    from transformers.integrations import deepspeed
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
+        if reference is not None and reference() is not None:
+            deepspeed.set_hf_deepspeed_config(reference())
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()

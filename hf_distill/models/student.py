@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import InputError
-from .base import RetrievalModel, freeze_unused, is_adapted
+from .base import RetrievalModel, block_list, freeze_unused, is_adapted
 from .cross_encoder import CrossEncoderRanker
 from .dense import DenseRetriever
 from .loading import quiet_transformers
@@ -66,7 +65,7 @@ def student_from(
                 setattr(model.config, key, value)
     else:
         model = load_model(teacher, revision=revision, **overrides)
-    total = len(layer_list(model.backbone)[1])
+    total = len(block_list(model.backbone)[1])
     if (wanted[-1] + 1 if isinstance(wanted, list) else wanted[0]) > total:
         raise InputError(
             f"the teacher has {total} layers", where=f"student {spec!r}", cure=f"Ask for at most {total} layers"
@@ -125,32 +124,14 @@ def reduce_layers(model: RetrievalModel, positions: Sequence[int]) -> RetrievalM
             raise InputError("the model carries adapters", where="reduce_layers", cure="Merge them first")
         setattr(model, name, _reduced(tower, positions))
     for tower in model.towers.values():
-        if isinstance(model, DenseRetriever):
+        if model.representation != "pair":
             freeze_unused(tower)
     model.config.backbone = model.backbone.config.to_dict()
     return model.train(model.training)
 
 
-def layer_list(backbone: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and list of a backbone's layers: the one module list as long as the configuration says."""
-    total = backbone.config.num_hidden_layers
-    found = [
-        (name, module)
-        for name, module in backbone.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == total
-    ]
-    if not found:
-        raise InputError(
-            f"the backbone {backbone.config.model_type!r} has no list of {total} layers (it may share them)",
-            where="layers",
-            cure="Name a smaller pretrained model as the student instead",
-        )
-    # Lists inside a layer (experts, say) come after the list of layers in this order.
-    return found[0]
-
-
 def _reduced(backbone: PreTrainedModel, positions: list[int]) -> PreTrainedModel:
-    prefix, layers = layer_list(backbone)
+    prefix, layers = block_list(backbone)
     total = len(layers)
     if not positions or positions != sorted(set(positions)) or positions[0] < 0 or positions[-1] >= total:
         raise InputError(f"the backbone has the layers 0 to {total - 1}, not {positions}", where="layers")

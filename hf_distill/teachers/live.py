@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from ..models.base import RetrievalModel
-from ..models.candidates import CANDIDATES, arrange, candidate_scores
-from ..models.cross_encoder import CrossEncoderRanker
+from ..models.candidates import arrange
 from .base import Teacher
 
 
@@ -18,19 +17,16 @@ class LiveTeacher(Teacher):
 
     Args:
         name: By which loss terms name it.
-        model: A [`DenseRetriever`], which scores any candidates, or a [`CrossEncoderRanker`], which scores the row's
-            own.
+        model: A retriever, which scores any candidates, or a ranker, which scores the row's own.
     """
 
     def __init__(self, name: str, model: RetrievalModel):
         super().__init__(name)
         self.model = model.eval().requires_grad_(False)
         self.processor = model.processor()
-        self.is_ranker = isinstance(model, CrossEncoderRanker)
+        self.candidate_sets = model.candidate_sets
+        self.embedding_size = model.embedding_size
         self._output: Any = None
-        if not self.is_ranker:
-            self.candidate_sets = CANDIDATES
-            self.embedding_size = model.embedding_size
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)
@@ -45,15 +41,13 @@ class LiveTeacher(Teacher):
         return self._output
 
     def embeddings(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.is_ranker:
+        if self.embedding_size is None:
             return super().embeddings(batch)
         output = self._forward(batch)
         return arrange(output.query.float(), output.passage.float(), batch)
 
     def scores(self, batch: Mapping[str, Any], candidates: str) -> torch.Tensor:
-        if self.is_ranker:
-            return self._forward(batch).float().view(batch["passage_ids"].shape)
-        return candidate_scores(self.model, *self.embeddings(batch), candidates)
+        return self.model.batch_scores(self._forward(batch), batch, candidates)
 
     def describe(self) -> dict[str, Any]:
         return {

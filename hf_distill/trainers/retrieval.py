@@ -11,8 +11,7 @@ import torch
 from ..errors import InputError
 from ..losses.combine import LOSSES, LossTerm
 from ..models.base import RetrievalModel
-from ..models.candidates import arrange, candidate_layout, candidate_scores
-from ..models.cross_encoder import CrossEncoderRanker
+from ..models.candidates import candidate_layout
 from .arguments import RetrievalTrainingArguments
 from .base import BaseTrainer
 
@@ -33,12 +32,7 @@ class BatchScores:
     def scores(self, candidates: str) -> torch.Tensor:
         """The scores `[Q, C]` of a set of candidates, float32."""
         if candidates not in self._scores:
-            if isinstance(self.model, CrossEncoderRanker):
-                scores = self.output.view(self.batch["passage_ids"].shape)
-            else:
-                query, passage = arrange(self.output.query, self.output.passage, self.batch)
-                scores = candidate_scores(self.model, query, passage, candidates)
-            self._scores[candidates] = scores
+            self._scores[candidates] = self.model.batch_scores(self.output, self.batch, candidates)
         return self._scores[candidates]
 
 
@@ -106,7 +100,7 @@ def _check_teacher(label: str, term: LossTerm, teachers: Mapping[str, Any]) -> N
 
 
 class RetrievalTrainer(BaseTrainer):
-    """Contrastive training of a [`DenseRetriever`] or a [`CrossEncoderRanker`]; also a teacher's warm-up.
+    """Contrastive training of any model; also a teacher's warm-up.
 
     A retriever is trained on the passages of all processes by default, a ranker on the row's own candidates (a
     cross-encoder would have to read every pair).
@@ -117,7 +111,7 @@ class RetrievalTrainer(BaseTrainer):
     teachers: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, model: RetrievalModel, args: RetrievalTrainingArguments, **kwargs: Any):
-        self.ranks_pairs = isinstance(model, CrossEncoderRanker)
+        self.ranks_pairs = model.representation == "pair"
         terms = self.parse_losses(args)
         check_terms(terms, ranks_pairs=self.ranks_pairs, teachers=self.teachers)
         self.prepare_model(model, terms, args.seed)
