@@ -111,3 +111,30 @@ def tiny_bert(tiny_bert_source, tmp_path) -> Path:
 def tiny_ranker(tiny_ranker_source, tmp_path) -> Path:
     """A folder with a 4-layer, 32-wide BertForSequenceClassification of one label; the test may change it."""
     return Path(shutil.copytree(tiny_ranker_source, tmp_path / "tiny-ranker"))
+
+
+@pytest.fixture(scope="session")
+def hub_server():
+    from .hub_server import HubServer
+
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture()
+def hub(hub_server):
+    """A running Hub on loopback with the users alice and bob (tokens hf_alice, hf_bob), empty otherwise."""
+    hub_server.reset()
+    hub_server.add_user("alice", "hf_alice")
+    hub_server.add_user("bob", "hf_bob")
+    return hub_server
+
+
+@pytest.fixture(scope="session")
+def hub_client(hub_server, tmp_path_factory):
+    """Another process, of the user alice, that talks to the Hub on loopback; see `tests/hub_client.py`."""
+    from .hub_client import HubClient
+
+    client = HubClient(hub_server.environment(tmp_path_factory.mktemp("hf_home"), token="hf_alice"))
+    yield client
+    client.close()
