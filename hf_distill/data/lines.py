@@ -34,7 +34,7 @@ def read_lines(path: str | Path, *, blank: bool = False) -> Iterator[tuple[int, 
     with _Opened(path) as opened:
         for number, line in enumerate(opened.stream, start=1):
             opened.line = number
-            text = _decoded(line, number, path).rstrip("\r\n")
+            text = decode_line(line, number, path).rstrip("\r\n")
             if text or blank:
                 yield number, text
 
@@ -103,7 +103,7 @@ def _split(data: bytes, number: int, path: Path) -> Lines:
         whole.validate(full=True)
     except pa.ArrowInvalid:
         for count, line in enumerate(data.split(b"\n")):
-            _decoded(line, number + count, path)
+            decode_line(line, number + count, path)
         raise
     texts = pc.split_pattern(whole, "\n").values
     if b"\r" in data:
@@ -115,7 +115,8 @@ def _split(data: bytes, number: int, path: Path) -> Lines:
     return Lines(texts.filter(filled), int(numbers[0]) if len(numbers) else number, numbers)
 
 
-def _decoded(line: bytes, number: int, path: Path) -> str:
+def decode_line(line: bytes, number: int, path: Path | str) -> str:
+    """The text of one line; `InputError` names file and line where it is not UTF-8."""
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:

@@ -153,28 +153,34 @@ def _json_blocks(path: Path) -> Iterator[Block]:
         if records and (len(records) >= BLOCK_ROWS or size + len(line) > BLOCK_CHARACTERS):
             yield flush()
             records, lines, size = [], [], 0
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            detail = (
-                f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
-            )
-            raise InputError(
-                f"not a JSON object ({detail}): {line[:80]!r}",
-                where=f"{path}, line {number}",
-                cure="Mend or remove the line; every line must be one JSON object",
-            ) from None
-        if not isinstance(record, dict):
-            raise InputError(
-                f"a JSON {type(record).__name__} where an object is expected: {line[:80]!r}",
-                where=f"{path}, line {number}",
-                cure='Every line must be one JSON object such as {"_id": ..., "text": ...}',
-            )
+        record = json_record(line, f"{path}, line {number}")
         records.append(record)
         lines.append(number)
         size += len(line)
     if records:
         yield flush()
+
+
+def json_record(text: str, where: str) -> dict[str, Any]:
+    """The JSON object of one line; `InputError` if it is none, with `where` the file and line."""
+    try:
+        record = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        detail = (
+            f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+        )
+        raise InputError(
+            f"not a JSON object ({detail}): {text[:80]!r}",
+            where=where,
+            cure="Mend or remove the line; every line must be one JSON object",
+        ) from None
+    if not isinstance(record, dict):
+        raise InputError(
+            f"a JSON {type(record).__name__} where an object is expected: {text[:80]!r}",
+            where=where,
+            cure='Every line must be one JSON object such as {"_id": ..., "text": ...}',
+        )
+    return record
 
 
 def _comma_blocks(path: Path) -> Iterator[Block]:
