@@ -14,6 +14,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def launched_processes() -> int:
+    """Number of processes that a launcher started for this program; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def get_logger(name: str) -> logging.Logger:
     """A logger under `hf_distill`; the command line prints these at level INFO, a library user decides."""
     return logging.getLogger(name)

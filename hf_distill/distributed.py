@@ -6,7 +6,19 @@ rows, and the gradient of a row flows back in the process that computed it.
 
 from __future__ import annotations
 
+import copy
+import os
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+
+from .console import launched_processes
+from .errors import InputError
+
+
+# How other launchers than torchrun tell a process how many there are.
+_MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def world_size() -> int:
@@ -49,6 +61,130 @@ def scale_gradient(loss: torch.Tensor, factor: float) -> torch.Tensor:
     if factor == 1:
         return loss
     return loss.detach() + factor * (loss - loss.detach())
+
+
+def join() -> None:
+    """Joins the processes that a launcher started: on their GPUs, or on CPUs where there is no GPU.
+
+    Raises:
+        InputError: As `check_launcher` does.
+    """
+    from accelerate import PartialState
+
+    check_launcher()
+    if launched_processes() > 1:
+        PartialState(cpu=not torch.accelerator.is_available())
+
+
+def check_launcher() -> None:
+    """Raises [`InputError`] in the single process that accelerate starts where several were asked for.
+
+    Without a GPU, or with `--cpu`, `accelerate launch --num_processes 2` starts one process and does not say so. It
+    then sets the address of a main process, and no rank.
+    """
+    started = {"WORLD_SIZE", *_MPI_SIZES} & set(os.environ)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and not started:
+        raise InputError(
+            "accelerate was asked for several processes and started this one only",
+            where="launch",
+            cure="Type hf-distill --launch cpu:2 VERB ..., or accelerate launch --multi_gpu --num_processes 2 ... "
+            "--use_cpu true; if one process is meant, --num_processes 1 without MASTER_ADDR in the environment",
+        )
+
+
+def check_launch(args: Any) -> None:
+    """Looks whether the processes that were launched will train together, and in the way that was asked for.
+
+    Args:
+        args: The [`~transformers.TrainingArguments`].
+
+    Raises:
+        InputError: If a process would silently train alone, or with another engine, or if nothing could be exported.
+    """
+    check_launcher()
+    launched = launched_processes()
+    if launched > 1 and args.world_size == 1:
+        # Without a GPU and without this flag every process would train a model of its own, and nobody would say.
+        raise InputError(
+            f"{launched} processes were launched, but each would train alone: there is no GPU to train on",
+            where="launch",
+            cure="Add --use_cpu true (use_cpu=True in Python) to train on CPUs together, or type "
+            f"hf-distill --launch cpu:{launched} VERB ...",
+        )
+    if args.n_gpu > 1:
+        raise InputError(
+            f"one process sees {args.n_gpu} GPUs; it would split every batch over copies of the model",
+            where="launch",
+            cure="Type hf-distill --launch multi_gpu VERB ... (or gpu, to use one of them)",
+        )
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        _check_fsdp(args)
+    plugin = args.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3 and not plugin.zero3_save_16bit_model:
+        raise InputError(
+            "ZeRO-3 would leave the weights in pieces, and no model could be saved",
+            where="launch",
+            cure="Set stage3_gather_16bit_weights_on_model_save (zero3_save_16bit_model in a configuration of "
+            "accelerate) to true, or type hf-distill --launch zero3 VERB ...",
+        )
+
+
+def _check_fsdp(args: Any) -> None:
+    if args.device.type == "cpu":
+        raise InputError(
+            "FSDP divides weights over GPUs; on CPUs accelerate would train with plain DDP and not say so",
+            where="launch",
+            cure=f"Type hf-distill --launch cpu:{max(launched_processes(), 2)} VERB ... (or zero3:2, which can)",
+        )
+    given: Mapping[str, Any] = args.fsdp_plugin_args or {}
+    kind = str(given.get("state_dict_type", os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")))
+    if "FULL" not in kind.upper():
+        raise InputError(
+            f"FSDP's {kind} leaves the weights in pieces, and no model could be saved",
+            where="launch",
+            cure="Set fsdp_state_dict_type: FULL_STATE_DICT, or type hf-distill --launch fsdp2 VERB ...",
+        )
+
+
+def engine_of(args: Any) -> str | None:
+    """What shards a training, `"zero2"`, `"zero3"` or `"fsdp"`; None for one process and for DDP.
+
+    Checkpoints of different engines cannot be resumed from one another.
+    """
+    if args.deepspeed_plugin is not None:
+        return f"zero{args.deepspeed_plugin.zero_stage}"
+    return "fsdp" if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" else None
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether this process holds only parts of the parameters (ZeRO-3, FSDP2)."""
+    return any(hasattr(one, "ds_id") or hasattr(one, "full_tensor") for one in model.parameters())
+
+
+def skeleton(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a model without its weights, which stand on the device `meta` until they are assigned."""
+    weights = {
+        id(one): torch.nn.Parameter(torch.empty_like(one, device="meta"), one.requires_grad)
+        for one in model.parameters()
+    }
+    return copy.deepcopy(model, weights)
+
+
+def whole_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state of a model whose parameters are divided over processes, whole in every process.
+
+    All processes must come here together.
+    """
+    state = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if hasattr(tensor, "ds_id"):
+            from deepspeed.zero import GatheredParameters
+
+            with GatheredParameters([tensor]):
+                state[name] = tensor.detach().clone()
+        else:
+            state[name] = tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+    return state
 
 
 def leave() -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
+from ..console import launched_processes
 from ..errors import InputError
+from .launch import check_shared
 from .parsing import exit_with, parse
 
 
@@ -22,9 +26,12 @@ VERBS = {
 
 
 def _usage() -> str:
+# Verbs whose work several processes share; the others run in one.
+SHARED = ("distill", "train", "mine", "score", "evaluate")
     lines = "\n".join(f"  {name:<10}{summary}" for name, summary in VERBS.items())
-    usage = "usage: hf-distill VERB [--config FILE.yaml] [--field value ...]"
-    return f"{usage}\n\n{lines}\n\nhf-distill VERB --help says more.\n"
+    usage = "usage: hf-distill [--launch NAME] VERB [--config FILE.yaml] [--field value ...]"
+    launch = "--launch starts several processes or a sharded engine; hf-distill --launch list shows the names."
+    return f"{usage}\n\n{lines}\n\nhf-distill VERB --help says more.\n{launch}\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,15 +48,42 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv[0] not in VERBS:
         exit_with(InputError(f"there is no verb {argv[0]!r}", cure=f"Choose one of {', '.join(VERBS)}"))
     try:
+    if argv[0].partition("=")[0] == "--launch":
+        _launch(argv)
         verb = importlib.import_module(f"hf_distill.cli.{argv[0]}").VERB
         arguments = parse(verb, argv[1:])
         from ..console import start_logging
 
+        if launched_processes() > 1:
+            check_shared(verb.name, SHARED)
         start_logging()
         verb.run(*arguments)
     except InputError as error:
         exit_with(error)
+        if not any(hasattr(one, "world_size") for one in arguments):  # with it the Trainer's arguments decide
+            _join()
     if "torch" in sys.modules:
         from ..distributed import leave
 
         leave()
+
+
+def _join() -> None:
+    if launched_processes() > 1 or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        from ..distributed import join
+
+        join()
+
+
+def _launch(argv: list[str]) -> NoReturn:
+    """`--launch NAME [options] VERB ...`"""
+    from .launch import read_launch, run_launch, table
+
+    words = [*argv[0].split("=", 1)[1:], *argv[1:]]
+    if words[:1] in (["list"], ["--help"], ["-h"]):
+        sys.stdout.write(table())
+        raise SystemExit(0)
+    try:
+        run_launch(read_launch(words, SHARED, list(VERBS)))
+    except InputError as error:
+        exit_with(error)

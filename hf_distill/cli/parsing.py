@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import sys
+import time
 import typing
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
@@ -17,6 +19,10 @@ from ..errors import InputError
 
 
 @dataclass(frozen=True)
+# How long another process than the main one waits before it speaks of bad input.
+_PATIENCE_SECONDS = 3.0
+
+
 class Verb:
     """One thing that `hf-distill` does.
 
@@ -188,6 +194,13 @@ def require(verb: str, **what: tuple[Any, str]) -> None:
 
 
 def exit_with(error: InputError) -> typing.NoReturn:
-    """Prints one sentence on standard error and ends the process with code 2."""
-    sys.stderr.write(f"error: {error}\n")
+    """Prints one sentence on standard error and ends the process with code 2.
+
+    Several processes mostly meet the same bad input. The main one speaks, and the launcher ends the others before they
+    do; what the main one has not met is said by the process that has.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(_PATIENCE_SECONDS)
+    sys.stderr.write(f"error{f' in process {rank}' if rank else ''}: {error}\n")
     raise SystemExit(2)

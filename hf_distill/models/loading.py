@@ -18,6 +18,8 @@ from .processing import prepare_tokenizer
 
 logger = get_logger(__name__)
 
+# Where GELU is nearly linear: what a new masked-LM head adds to hidden states before it.
+_SHIFT = 4.0
 # Encoder-decoder families whose encoder is a model of its own.
 _ENCODER_CLASSES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 
@@ -26,8 +28,8 @@ _ENCODER_CLASSES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "U
 def quiet_transformers() -> Iterator[None]:
     """Opens models without transformers' report on loaded weights, which the callers check themselves, and whole.
 
-    Once ZeRO-3 is configured, transformers opens every model in pieces, teachers too; a piece can neither be cut into a
-    student nor encode on its own. The engine divides the student when training begins.
+    Once ZeRO-3 is configured, transformers opens every model in pieces, teachers too; pieces can neither be cut into a
+    student nor encode on their own. The engine divides the student when training begins.
     """
     from transformers.integrations import deepspeed
     from transformers.utils import logging
@@ -83,7 +85,13 @@ def choose_length(
 
 
 def load_backbone(
-    folder: Path, name: str, dtype: str | torch.dtype, *, head: bool = False, attention: str | None = None
+    folder: Path,
+    name: str,
+    dtype: str | torch.dtype,
+    *,
+    head: bool | str = False,
+    attention: str | None = None,
+    new_head: str | None = None,
 ) -> PreTrainedModel:
     """Opens a folder's transformers model.
 
@@ -91,14 +99,15 @@ def load_backbone(
         folder: The folder.
         name: What the user called the model, for messages.
         dtype: The weights' precision, whatever the folder's is.
-        head: With a classification head of one label, or without any head.
+        head: With a classification head of one label (True), a masked-LM head (`"masked_lm"`), or without any head.
         attention: The attention implementation; None for transformers' choice.
+        new_head: How to start a masked-LM head that the folder lacks, see [`start_masked_lm_head`]; None refuses.
 
     Raises:
         InputError: If the folder holds no such model, or weights that do not fill it.
     """
     import transformers
-    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
     cure = "Give a folder written by save_pretrained, or a model id of the Hub"
     try:
@@ -121,7 +130,10 @@ def load_backbone(
     if attention is not None:
         options["attn_implementation"] = attention
     loader: Any = AutoModelForSequenceClassification if head else AutoModel
-    if head:
+    if head == "masked_lm":
+        loader = AutoModelForMaskedLM
+        check_masked_lm(config, name)
+    elif head:
         _check_labels(config, name)
     elif config.model_type in _ENCODER_CLASSES:
         loader = getattr(transformers, _ENCODER_CLASSES[config.model_type])
@@ -137,8 +149,75 @@ def load_backbone(
             model, report = loader.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"the model cannot be loaded ({_first_line(error)})", where=name, cure=cure) from None
-    _check_report(model, report, name, head)
+    if head == "masked_lm":
+        _check_masked_lm_head(model, report, name, new_head)
+    else:
+        _check_report(model, report, name, bool(head))
     return model
+
+
+def check_masked_lm(config: PretrainedConfig, name: str) -> None:
+    """Raises [`InputError`] if transformers has no masked-LM model of a configuration's architecture."""
+    from transformers import AutoModelForMaskedLM
+
+    if type(config) not in AutoModelForMaskedLM._model_mapping or getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"the architecture {config.model_type!r} has no masked-LM head, so the model says nothing about terms",
+            where=name,
+            cure="Give an encoder that was trained as a masked language model, such as BERT, DistilBERT or ModernBERT",
+        )
+
+
+def _check_masked_lm_head(model: PreTrainedModel, report: Mapping[str, Any], name: str, new_head: str | None) -> None:
+    missing = sorted(report["missing_keys"])
+    prefix = f"{model.base_model_prefix}."
+    _refuse_incomplete(report, [key for key in missing if key.startswith(prefix)], name)
+    lacking = [key for key in missing if not key.startswith(prefix)]
+    if not lacking:
+        return
+    if new_head is None:
+        raise InputError(
+            f"the checkpoint has no trained masked-LM head (it lacks {lacking[0]!r})",
+            where=name,
+            cure="Give a masked language model, or start a new head with new_head='identity' and pre-train it "
+            "(hf-distill pretrain)",
+        )
+    start_masked_lm_head(model, new_head)
+    logger.info("%s: the masked-LM head is new (%s) and has to be trained.", name, new_head)
+
+
+def start_masked_lm_head(model: PreTrainedModel, how: str) -> None:
+    """Starts the head of a masked-LM model whose vocabulary matrix is tied to its word embeddings.
+
+    Args:
+        model: The model.
+        how: `"random"` as transformers does it, or `"identity"`: the linear layer before the vocabulary matrix passes
+            hidden states on. A shift carries them over the bend of the activation, and the layer norm behind it takes
+            the shift away.
+    """
+    if how == "random":
+        return
+    if how != "identity":
+        raise InputError(f"{how!r} is no start of a masked-LM head", where="new_head", cure="Use identity or random")
+    output = model.get_output_embeddings()
+    inside = {id(module) for module in getattr(model, model.base_model_prefix).modules()}
+    square = [
+        module
+        for module in model.modules()
+        if id(module) not in inside and isinstance(module, nn.Linear) and module is not output
+    ]
+    if len(square) != 1 or square[0].weight.shape[0] != square[0].weight.shape[1]:
+        raise InputError(
+            "the masked-LM head is not one square layer before the vocabulary matrix",
+            where="new_head",
+            cure="Use random",
+        )
+    with torch.no_grad():
+        square[0].weight.copy_(torch.eye(len(square[0].weight)))
+        if square[0].bias is not None:
+            square[0].bias.fill_(_SHIFT)
+        if output.bias is not None:
+            output.bias.zero_()
 
 
 def _check_labels(config: PretrainedConfig, name: str) -> None:
@@ -158,9 +237,6 @@ def _check_labels(config: PretrainedConfig, name: str) -> None:
 def _check_report(model: PreTrainedModel, report: Mapping[str, Any], name: str, head: bool) -> None:
     """What to do about weights that the folder lacks: a spare pooler is dropped, a new head said, the rest refused."""
     missing = sorted(report["missing_keys"])
-    mismatched = report.get("mismatched_keys") or []
-    if mismatched:
-        raise InputError(f"the weight {list(mismatched)[0]!r} has another shape than config.json says", where=name)
     unfilled = [key for key in missing if not key.startswith("pooler.")]
     if head:
         prefix = f"{model.base_model_prefix}."
@@ -170,6 +246,13 @@ def _check_report(model: PreTrainedModel, report: Mapping[str, Any], name: str, 
             logger.info("%s: the scoring head is new (%s, ...) and has to be trained.", name, new_head[0])
     elif len(missing) > len(unfilled):
         model.pooler = None
+    _refuse_incomplete(report, unfilled, name)
+
+
+def _refuse_incomplete(report: Mapping[str, Any], unfilled: list[str], name: str) -> None:
+    mismatched = report.get("mismatched_keys") or []
+    if mismatched:
+        raise InputError(f"the weight {list(mismatched)[0]!r} has another shape than config.json says", where=name)
     if unfilled:
         raise InputError(
             f"the checkpoint lacks {len(unfilled)} weights of the model, such as {unfilled[0]!r}",

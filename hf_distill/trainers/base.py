@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import yaml
+from accelerate.utils import send_to_device
 from transformers import Trainer, TrainerCallback
 
 from ..data.collators import RetrievalCollator
 from ..data.negatives import EpochSampler, TrainingRows
 from ..data.rows import RowSet
-from ..distributed import scale_gradient, sum_over_processes, world_size
+from ..distributed import (
+    check_launch,
+    is_sharded,
+    scale_gradient,
+    skeleton,
+    sum_over_processes,
+    whole_state,
+    world_size,
+)
 from ..errors import InputError
 from ..evaluation.in_loop import RetrievalEvaluation
 from ..files import write_json, write_text
@@ -27,17 +36,6 @@ from .arguments import RetrievalTrainingArguments
 
 
 STUDENT = "student"
-
-
-def _check_launch(args: RetrievalTrainingArguments) -> None:
-    # Without a GPU and without this flag every launched process would train a model of its own, and nobody would say.
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched > 1 and args.world_size == 1:
-        raise InputError(
-            f"{launched} processes were launched, but each would train alone: there is no GPU to train on",
-            where="launch",
-            cure="Add --use_cpu true (use_cpu=True in Python) to train on CPUs together",
-        )
 
 
 def read_losses(losses: Any) -> dict[str, LossTerm]:
@@ -110,7 +108,7 @@ class BaseTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
-        _check_launch(args)
+        check_launch(args)
         self.rows = rows
         self.terms = self.parse_losses(args)
         if args.dropout is not None:
@@ -122,6 +120,8 @@ class BaseTrainer(Trainer):
         if rows is not None:
             dataset = self._make_dataset(rows, args, score_columns)
             collator = self._make_collator(model, dataset, args, encoders or {}, stores or {})
+        # Taken before an engine puts its own classes and hooks into the model.
+        self._skeleton = skeleton(model) if world_size() > 1 else None
         self._part_sums: dict[str, torch.Tensor] = {}
         self._part_steps = 0
         super().__init__(
@@ -238,6 +238,10 @@ class BaseTrainer(Trainer):
             self._part_sums, self._part_steps = {}, 0
         super().log(logs, start_time)
 
+    def _prepare_input(self, data: Any) -> Any:
+        # Not the Trainer's own: under DeepSpeed that rounds the teachers' scores to the training precision.
+        return send_to_device(data, self.args.device)
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         # Counted by the Trainer from one `input_ids`; ours are nested, and nothing reads the figure.
         return 0
@@ -251,7 +255,7 @@ class BaseTrainer(Trainer):
     ) -> dict[str, float]:
         """Retrieval measures of the current weights; every process encodes a part of the texts."""
         evaluation = eval_dataset if eval_dataset is not None else self.eval_dataset
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.whole_model()
         training = model.training
         model.eval()
         measures = evaluation(model)
@@ -262,11 +266,22 @@ class BaseTrainer(Trainer):
         return metrics
 
     # ---- Checkpoints ----
+    def whole_model(self) -> RetrievalModel:
+        """The model that is trained, or a whole copy of it where an engine has divided its weights over processes.
+
+        All processes must come here together.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if not is_sharded(model):
+            return model
+        whole = copy.deepcopy(self._skeleton)
+        whole.load_state_dict(whole_state(model), assign=True)
+        return whole.to(self.args.device).eval()
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         # Not the Trainer's own: that pickles the arguments, a token among them.
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        model = self.accelerator.unwrap_model(self.model)
-        model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
+        self.whole_model().save_pretrained(folder, is_main_process=self.args.should_save)
         if self.args.should_save:
             write_text(folder / "training_args.json", self.args.to_json_string())
 
