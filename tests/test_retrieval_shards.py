@@ -71,7 +71,7 @@ def test_a_full_disk_is_said_in_a_sentence(tmp_path):
         write_number(shard, path)
 
     job = job_of(tmp_path)
-    with pytest.raises(InputError, match=r"shard-00001.npy: cannot be written \(No space left on device\)"):
+    with pytest.raises(InputError, match=r"cannot be written to \(No space left on device; .* of .* are free\)"):
         job.run(full, "test")
     assert job.missing() == [1, 2, 3]
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from hf_distill.files import atomic_path
+from hf_distill.files import atomic_path, remove_leftovers
 
 
 # Rows per record batch: large enough for vectorised work, small enough that a block of long documents stays modest.
@@ -45,6 +45,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{folder.name}.lock"):
             if not (folder / "info.json").exists():
+                remove_leftovers(folder)
                 with atomic_path(folder) as temporary:
                     temporary.mkdir()
                     build(temporary)

@@ -191,6 +191,10 @@ def markdown_table(
     teacher: str = "teacher",
 ) -> str:
     """The summary as Markdown, for a model card."""
-    columns, rows = summary_table(systems, measures, teacher=teacher)
+    return markdown_rows(*summary_table(systems, measures, teacher=teacher))
+
+
+def markdown_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as Markdown; every column but the first is right-aligned."""
     lines = [columns, ["---", *("---:" for _ in columns[1:])], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..console import get_logger
 from ..errors import InputError
+from ..files import staged_files
 from . import layouts
 from .candidates import CANDIDATES, arrange, candidate_scores
 from .dropout import FastDropout
@@ -278,7 +279,6 @@ class RetrievalModel(PreTrainedModel):
         folder = Path(save_directory)
         if folder.is_file():
             raise InputError("this is a file", where=str(folder), cure="Give a folder to save the model in")
-        folder.mkdir(parents=True, exist_ok=True)
         state = self.state_dict() if state_dict is None else state_dict
         empty = [name for name, tensor in state.items() if tensor.numel() == 0]
         if empty:
@@ -288,14 +288,16 @@ class RetrievalModel(PreTrainedModel):
                 cure="Pass the consolidated weights as state_dict; under ZeRO-3 set "
                 "stage3_gather_16bit_weights_on_model_save in the DeepSpeed configuration",
             )
-        self._export(folder, state)
         kept_apart = self._kept_apart()
-        private = {name: tensor for name, tensor in state.items() if name in kept_apart}
-        if private:
-            from safetensors.torch import save_file
+        private = {name: tensor.contiguous() for name, tensor in state.items() if name in kept_apart}
+        # A checkpoint that a full disk or a kill cuts off must not look like a finished one.
+        with staged_files(folder) as temporary:
+            self._export(temporary, state)
+            if private:
+                from safetensors.torch import save_file
 
-            save_file({name: tensor.contiguous() for name, tensor in private.items()}, folder / layouts.TRAINING_FILE)
-        else:
+                save_file(private, temporary / layouts.TRAINING_FILE)
+        if not private:
             (folder / layouts.TRAINING_FILE).unlink(missing_ok=True)
 
     def load_checkpoint(self, folder: str | os.PathLike) -> None:
@@ -422,14 +424,6 @@ def block_list(backbone: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         )
     # Lists inside a layer (experts, say) come after the list of layers in this order.
     return found[0]
-
-
-def skeleton(model: RetrievalModel) -> RetrievalModel:
-    """A copy of a model without its weights, which stand on the device `meta` until they are assigned."""
-    weights = {
-        id(one): nn.Parameter(torch.empty_like(one, device="meta"), one.requires_grad) for one in model.parameters()
-    }
-    return copy.deepcopy(model, weights)
 
 
 def is_adapted(tower: nn.Module) -> bool:

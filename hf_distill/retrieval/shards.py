@@ -202,7 +202,7 @@ class ShardedJob:
             raise InputError(
                 f"cannot be written ({error.strerror or error})",
                 where=str(target),
-                cure="Make room or choose another cache folder with HF_DISTILL_CACHE; finished shards are kept",
+                cure="Choose another cache folder with HF_DISTILL_CACHE; finished shards are kept",
             ) from error
 
     def _state(self) -> str | dict[str, Any]:
