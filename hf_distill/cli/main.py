@@ -20,14 +20,17 @@ VERBS = {
     "mine": "Find hard negatives and write them as a row set.",
     "score": "Write a teacher's scores into a row set.",
     "evaluate": "Measure models, BM25 or runs on a collection.",
+    "compare": "Say which differences between runs are more than chance.",
+    "reproduce": "Print or run the command that made a model or data set, and compare.",
+    "recipe": "Run a file of stages (mine, train, score, distill ...) in order, resumable.",
     "search": "Search a collection with a model.",
     "demo": "Build the demonstration collection and distil a student on it.",
 }
+# Verbs whose work several processes share; the others run in one.
+SHARED = ("distill", "train", "mine", "score", "evaluate")
 
 
 def _usage() -> str:
-# Verbs whose work several processes share; the others run in one.
-SHARED = ("distill", "train", "mine", "score", "evaluate")
     lines = "\n".join(f"  {name:<10}{summary}" for name, summary in VERBS.items())
     usage = "usage: hf-distill [--launch NAME] VERB [--config FILE.yaml] [--field value ...]"
     launch = "--launch starts several processes or a sharded engine; hf-distill --launch list shows the names."
@@ -45,23 +48,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         sys.stdout.write(f"hf_distill {__version__}\n")
         return
+    if argv[0].partition("=")[0] == "--launch":
+        _launch(argv)
     if argv[0] not in VERBS:
         exit_with(InputError(f"there is no verb {argv[0]!r}", cure=f"Choose one of {', '.join(VERBS)}"))
     try:
-    if argv[0].partition("=")[0] == "--launch":
-        _launch(argv)
         verb = importlib.import_module(f"hf_distill.cli.{argv[0]}").VERB
+        if launched_processes() > 1:
+            check_shared(verb.name, SHARED)
         arguments = parse(verb, argv[1:])
         from ..console import start_logging
 
-        if launched_processes() > 1:
-            check_shared(verb.name, SHARED)
         start_logging()
+        if not any(hasattr(one, "world_size") for one in arguments):  # with it the Trainer's arguments decide
+            _join()
         verb.run(*arguments)
     except InputError as error:
         exit_with(error)
-        if not any(hasattr(one, "world_size") for one in arguments):  # with it the Trainer's arguments decide
-            _join()
     if "torch" in sys.modules:
         from ..distributed import leave
 

@@ -207,6 +207,54 @@ class EvaluateOptions:
 
 
 @dataclass
+class CompareOptions:
+    """What to compare, and how."""
+
+    _argument_group_name = "comparison"
+
+    systems: list[str] | None = _option(
+        None,
+        "TREC runs, output folders, folder:system, or files of per_query/ (may stand first, without the flag). A "
+        "folder alone stands for all of its systems, one of several for its student.",
+    )
+    names: list[str] | None = _option(
+        None, "Names in the table; name@1 and name@2 are two seeds of one system. Default: made from the files."
+    )
+    split: str | None = _option(None, "Judgements to use. Default: those in the files' names, else test.")
+    measures: str | None = _option(
+        None, "Default: nDCG@10,RR@10,R@100 with --data, else the measures that all systems have."
+    )
+    baseline: str | None = _option(None, "The system that the others are compared with. Default: the first.")
+    all_pairs: bool = _option(False, "Compare every two systems instead.")
+    correction: str = _option(
+        "holm", "For several comparisons on one measure.", choices=["holm", "bonferroni", "none"]
+    )
+    alpha: float = _option(0.05, "Chance of a false claim that is accepted.")
+    samples: int = _option(100_000, "Random swaps of the randomisation test, which is exact for few queries.")
+    seed: int = _option(0, "Of these swaps.")
+    changed: int = _option(5, "Queries to show that changed most, for each comparison.")
+    relevance: int = _option(1, "Lowest grade that counts as relevant, where runs are measured.")
+    output_dir: str | None = _option(None, "Folder for comparison.md and comparison.json.")
+
+
+@dataclass
+class ReproduceOptions:
+    """Which run, and what to do about it."""
+
+    _argument_group_name = "reproduction"
+
+    target: str | None = _option(
+        None, "An output folder, its run_manifest.json, or a Hub repository, also repo@revision (may stand first)."
+    )
+    run: bool = _option(False, "Run the command in a fresh folder and compare the results; else it is only printed.")
+    output_dir: str | None = _option(None, "That folder. Default: the original's name with -again behind it.")
+    replace: list[str] | None = _option(
+        None, "Where folders are now that have moved, as recorded=present, for example my_data=/data/my_data."
+    )
+    force: bool = _option(False, "Run although data or weights differ.")
+
+
+@dataclass
 class SearchOptions:
     """What to look for."""
 
@@ -229,3 +277,22 @@ class DemoOptions:
     seed: int = _option(13, "Of the collection and of training.")
     teacher: str = _option("sentence-transformers/all-MiniLM-L6-v2", "The teacher.")
     student: str = _option("layers:1,5,6", "The student: here layers 1, 5 and 6 of the six of the teacher.")
+
+
+@dataclass
+class RecipeOptions:
+    """Which recipe, and how much of it."""
+
+    _argument_group_name = "recipe"
+
+    recipe: str | None = _option(
+        None, "A YAML file, or the name of a recipe that comes with the package. May stand first, without the flag."
+    )
+    profile: str | None = _option(None, "One of the recipe's profiles, small say.")
+    set: list[str] | None = _option(
+        None, "Overrides: variable=value or stage.field=value, the value as YAML; the flag may be repeated."
+    )
+    from_stage: str | None = _option(None, "Begin with this stage; those before it must be done. Short: --from.")
+    until_stage: str | None = _option(None, "End with this stage. Short: --until.")
+    dry_run: bool = _option(False, "Check everything, print the plan with its estimate, and stop.")
+    output_dir: str | None = _option(None, "Folder of the run. Default: outputs/NAME-PROFILE.")

@@ -10,7 +10,7 @@ import sys
 import time
 import typing
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from typing import Any
 from ..errors import InputError
 
 
-@dataclass(frozen=True)
 # How long another process than the main one waits before it speaks of bad input.
 _PATIENCE_SECONDS = 3.0
 
 
+@dataclass(frozen=True)
 class Verb:
     """One thing that `hf-distill` does.
 
@@ -33,6 +33,7 @@ class Verb:
         arguments: Makes the classes that are parsed in a run; it may import heavily.
         run: Does the work, given an instance of each class of `arguments`.
         example: A command line for `--help`.
+        words: Brings what was typed into the form `--field value`, for a verb that takes more than that.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Verb:
     run: Callable[..., Any]
     arguments: Callable[[], tuple[type, ...]] | None = None
     example: str = ""
+    words: Callable[[Sequence[str]], list[str]] | None = None
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter):
@@ -93,7 +95,7 @@ def parse(verb: Verb, argv: Sequence[str]) -> list[Any]:
     Raises:
         InputError: For an unknown field or a value that does not fit, naming the file or flag.
     """
-    argv = list(argv)
+    argv = list(argv) if verb.words is None else verb.words(argv)
     if "--help" in argv or "-h" in argv:
         _parser(verb, verb.options).print_help()
         raise SystemExit(0)
@@ -103,17 +105,49 @@ def parse(verb: Verb, argv: Sequence[str]) -> list[Any]:
         parser.print_help()
         raise SystemExit(0)
     config = _take_config(argv)
-    fields = {field.name: field for cls in classes for field in dataclasses.fields(cls) if field.init}
+    fields = _fields(classes)
     from_file = _flags_of_file(config, fields) if config is not None else []
     _check_flags(argv, fields)
+    return _parsed(verb, parser, [*from_file, *argv])
+
+
+def parse_settings(verb: Verb, settings: Mapping[str, Any], where: str) -> list[Any]:
+    """Parses the settings of a verb as `parse` does those of a file.
+
+    Raises:
+        InputError: For an unknown field or a value that does not fit, naming `where` and the field.
+    """
+    classes = verb.arguments() if verb.arguments is not None else verb.options
     try:
-        *parsed, _ = parser.parse_args_into_dataclasses([*from_file, *argv], look_for_args_file=False)
+        return _parsed(verb, _parser(verb, classes), _flags(settings, _fields(classes), where))
+    except InputError as error:
+        raise InputError(error.problem, where=error.where or where, cure=error.cure) from error
+
+
+def _fields(classes: Sequence[type]) -> dict[str, dataclasses.Field]:
+    return {field.name: field for cls in classes for field in dataclasses.fields(cls) if field.init}
+
+
+def _parsed(verb: Verb, parser: Any, words: Sequence[str]) -> list[Any]:
+    try:
+        *parsed, _ = parser.parse_args_into_dataclasses(list(words), look_for_args_file=False)
     except InputError:
         raise
     except (ValueError, ImportError) as error:
         # TrainingArguments refuses some options together, and some without a library.
         raise InputError(" ".join(str(error).split()), cure=f"See hf-distill {verb.name} --help_all") from error
     return parsed
+
+
+def leading_words(field: str) -> Callable[[Sequence[str]], list[str]]:
+    """For `Verb.words`: what stands before the first flag belongs to `field`."""
+
+    def words(argv: Sequence[str]) -> list[str]:
+        argv = list(argv)
+        first = next((place for place, word in enumerate(argv) if word.startswith("-")), len(argv))
+        return [*([f"--{field}", *argv[:first]] if first else []), *argv[first:]]
+
+    return words
 
 
 def _take_config(argv: list[str]) -> Path | None:
@@ -158,11 +192,15 @@ def _flags_of_file(path: Path, fields: dict[str, Any]) -> list[str]:
     if not isinstance(content, dict):
         cure = "Write lines such as 'learning_rate: 2e-5'"
         raise InputError("must map fields to values", where=str(path), cure=cure)
+    return _flags(content, fields, str(path))
+
+
+def _flags(content: Mapping[str, Any], fields: Mapping[str, dataclasses.Field], where: str) -> list[str]:
     flags = []
     for name, value in content.items():
         name = str(name).replace("-", "_")
         if name not in fields:
-            raise _unknown(name, list(fields), f"{path}, field {name!r}")
+            raise _unknown(name, list(fields), f"{where}, field {name!r}")
         flags += _flag(name, value, fields[name])
     return flags
 
