@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = attach(
         "collection": ["Collection", "load_collection"],
         "export": ["add_row_set", "save_collection"],
         "rows": ["RowSet"],
+        "streaming": ["StreamSampler", "StreamedRows", "StreamedTrainingRows"],
         "columns": ["rows_from_columns"],
         "negatives": ["EpochSampler", "Example", "TrainingRows"],
         "collators": ["RetrievalCollator", "token_batch"],

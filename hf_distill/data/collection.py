@@ -31,7 +31,7 @@ logger = get_logger(__name__)
 _CORPUS_CONFIGS = (schema.CORPUS, "documents", "docs")
 _QUERIES_CONFIGS = (schema.QUERIES, "query")
 _QRELS_CONFIGS = (schema.QRELS, "default")
-_RESERVED = (*_CORPUS_CONFIGS, *_QUERIES_CONFIGS, schema.QRELS)
+RESERVED_CONFIGS = (*_CORPUS_CONFIGS, *_QUERIES_CONFIGS, schema.QRELS)
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Collection:
         """The row set `name` of the same folder or repository."""
         from hf_distill.data.rows import RowSet
 
-        if self._opened is None or name not in self._opened.configs() or name in _RESERVED:
+        if self._opened is None or name not in self._opened.configs() or name in RESERVED_CONFIGS:
             raise InputError(
                 f"no row set {name!r}",
                 where=self.source,
@@ -139,7 +139,7 @@ def load_collection(
     elif splits:
         raise InputError("no judgements", where=opened.where, cure="Add qrels/<split>.tsv, or leave splits out")
     _check_positives(queries, qrels, all_splits=splits is None, require=require_positives, where=opened.where)
-    used = {corpus_config, queries_config, qrels_config if judged is opened else None, *_RESERVED}
+    used = {corpus_config, queries_config, qrels_config if judged is opened else None, *RESERVED_CONFIGS}
     return Collection(
         name=name or opened.name,
         queries=queries,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 RowKey = tuple[int, int]
 """A row's position and the epoch it is drawn for."""
 
-_ROW_STREAM, _ORDER_STREAM = 0, 1
+_ROW_STREAM, ORDER_STREAM, BUFFER_STREAM = 0, 1, 2
 _BLOCK_ROWS = 65536
 
 
@@ -81,6 +81,8 @@ class TrainingRows(torch.utils.data.Dataset):
             pool. With `"hardest"` it only says which sources take part.
         score_columns: Columns of teacher scores to carry along with the documents.
         positives: All known positives of every query; without it, those of the row.
+        first_row: Where these rows begin in a larger set that is not here: they are drawn as they would be there, and
+            a source need not occur among them.
 
     Raises:
         InputError: For a row without anything to draw from, an unknown column, source or option.
@@ -97,6 +99,7 @@ class TrainingRows(torch.utils.data.Dataset):
         sources: Mapping[str, float] | None = None,
         score_columns: Sequence[str] = (),
         positives: PositiveIndex | None = None,
+        first_row: int | None = None,
     ):
         _check_choice("sampling", sampling, ("random", "hardest", "window"))
         _check_choice("positive", positive, ("first", "random", "rotate"))
@@ -110,6 +113,7 @@ class TrainingRows(torch.utils.data.Dataset):
             seed,
         )
         self.positives, self.score_columns = positives, tuple(score_columns)
+        self.first_row, self._whole = first_row or 0, first_row is None
         for column in self.score_columns:
             _check_column(rows, column)
         self._query, self._num_positives = rows.query, rows.num_positives
@@ -130,7 +134,7 @@ class TrainingRows(torch.utils.data.Dataset):
             *(names.flatten().unique().to_pylist() for names in self.rows.table.column(SOURCES).chunks)
         )
         for name, weight in weights.items():
-            if name not in known:
+            if self._whole and name not in known:
                 cure = f"The row set has {', '.join(sorted(map(repr, known)))}"
                 raise InputError(f"no document has the source {name!r}", where="sources", cure=cure)
             if not 0 <= weight < float("inf"):
@@ -178,7 +182,7 @@ class TrainingRows(torch.utils.data.Dataset):
         raise InputError(
             f"{len(empty)} of {len(self)} rows have no candidates{among} to draw {self.num_negatives} negatives from,"
             f" for example query {query!r}",
-            where=f"row {empty[0]}",
+            where=f"row {self.first_row + empty[0]}",
             cure="Mine negatives for these queries, drop the rows, or train with num_negatives 0",
         )
 
@@ -193,6 +197,10 @@ class TrainingRows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._query)
 
+    def first_examples(self, number: int) -> list[Example]:
+        """The examples of the first rows (at most `number`) in epoch 0, to look at before training."""
+        return [self[row, 0] for row in range(min(number, len(self)))]
+
     def __getitem__(self, key: RowKey) -> Example:
         row, epoch = key
         documents = self.rows.documents_at(row)
@@ -200,14 +208,14 @@ class TrainingRows(torch.utils.data.Dataset):
         labelled = num_positives > 0
         stream = None
         if self.sampling == "random" or (self.positive == "random" and num_positives > 1):
-            stream = random_stream(self.seed, epoch, row)
+            stream = random_stream(self.seed, epoch, self.first_row + row)
         places = np.empty(1 + self.num_negatives, np.int64)
         if labelled:
             places[0] = self._draw_positive(key, num_positives, stream)
         if len(places) > labelled:
             places[labelled:] = self._draw(key, num_positives, len(documents), len(places) - labelled, stream)
         return Example(
-            row=int(row),
+            row=self.first_row + int(row),
             query=int(self._query[row]),
             documents=documents[places],
             target=0 if labelled else -1,
@@ -288,7 +296,7 @@ class EpochSampler(torch.utils.data.Sampler[RowKey]):
         if not self.shuffle:
             yield from ((row, epoch) for row in range(self.num_rows))
             return
-        order = random_stream(self.seed, epoch, 0, _ORDER_STREAM).permutation(self.num_rows)
+        order = random_stream(self.seed, epoch, 0, ORDER_STREAM).permutation(self.num_rows)
         for start in range(0, self.num_rows, _BLOCK_ROWS):
             yield from ((row, epoch) for row in order[start : start + _BLOCK_ROWS].tolist())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -16,7 +17,7 @@ from hf_distill.data import schema
 from hf_distill.data.arrow import BLOCK_ROWS, Column, ContentHash, build_once, open_arrow, write_arrow
 from hf_distill.data.lists import ListView, list_column
 from hf_distill.data.readers import Block
-from hf_distill.data.rows_io import clean_rows, write_rows
+from hf_distill.data.rows_io import clean_rows, foreign_sides, write_rows
 from hf_distill.data.sources import HubSource, LocalSource
 from hf_distill.data.tables import CACHE_VERSION, Corpus, Queries
 from hf_distill.errors import InputError
@@ -120,7 +121,7 @@ class RowSet:
         table = pa.Table.from_arrays(arrays, schema=row_schema)
         _check_positions(table, queries, corpus)
         _check(table)
-        return cls(_in_memory(table), queries, corpus, metadata)
+        return cls(in_memory(table), queries, corpus, metadata)
 
     @classmethod
     def from_batches(
@@ -196,11 +197,7 @@ class RowSet:
             for split in splits:
                 yield from source.blocks(config, split)
 
-        foreign = [
-            name
-            for name, table in (("queries", queries), ("corpus", corpus))
-            if metadata.get(f"{name}_fingerprint", table.fingerprint) != table.fingerprint
-        ]
+        foreign = foreign_sides(metadata, queries, corpus)
         reader = RowReader(queries, corpus, foreign=foreign, where=source.place(config))
         key = [source.key(config, split) for split in splits]
         rows = cls._cached(reader.tables(blocks()), key, queries, corpus, metadata, cache_dir, source.place(config))
@@ -280,6 +277,11 @@ class RowSet:
         return self.table.column(schema.NUM_POSITIVES).to_numpy()
 
     @property
+    def has_positives(self) -> bool:
+        """Whether any row has a positive."""
+        return bool(self.num_positives.any())
+
+    @property
     def lengths(self) -> np.ndarray:
         """Number (`int64[n]`) of documents in each row."""
         return self._view(schema.DOCUMENTS).lengths
@@ -343,7 +345,7 @@ class RowSet:
 
         base = self.dataset.remove_columns([name]) if name in self.columns else self.dataset
         # Beside the memory-mapped columns, so that only the new one lies in memory.
-        dataset = datasets.concatenate_datasets([base, _in_memory(pa.table({name: column}))], axis=1)
+        dataset = datasets.concatenate_datasets([base, in_memory(pa.table({name: column}))], axis=1)
         metadata = dict(self.metadata)
         if provenance:
             metadata["teachers"] = {**metadata.get("teachers", {}), name: provenance}
@@ -356,7 +358,7 @@ class RowSet:
         table = pa.Table.from_arrays(
             arrays, schema=pa.schema([self.table.schema.field(i) for i in range(len(arrays))])
         )
-        return RowSet(_in_memory(table), self.queries, self.corpus, self.metadata)
+        return RowSet(in_memory(table), self.queries, self.corpus, self.metadata)
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Writes the stored form: parquet files with string identifiers, and `metadata.json`.
@@ -386,10 +388,13 @@ def _unknown_column(name: str) -> InputError:
     )
 
 
-def _in_memory(table: pa.Table) -> Any:
+def in_memory(table: pa.Table) -> Any:
+    """A `datasets.Dataset` of a table in memory."""
     import datasets
 
-    return datasets.Dataset(datasets.table.InMemoryTable(table.replace_schema_metadata(None)))
+    plain = datasets.table.InMemoryTable(table.replace_schema_metadata(None))
+    # Without a fingerprint given, `datasets` would hash the whole table for one.
+    return datasets.Dataset(plain, fingerprint=uuid.uuid4().hex[:16])
 
 
 def _check_positions(table: pa.Table, queries: Queries, corpus: Corpus) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,15 @@ logger = get_logger(__name__)
 
 # Documents in one parquet file; about 100 MB with one column of scores.
 _DOCUMENTS_PER_FILE = 10_000_000
+
+
+def foreign_sides(metadata: Mapping[str, Any], queries: Queries, corpus: Corpus) -> list[str]:
+    """Which of `"queries"` and `"corpus"` a row set was not made for, by the fingerprints in its metadata."""
+    return [
+        name
+        for name, table in (("queries", queries), ("corpus", corpus))
+        if metadata.get(f"{name}_fingerprint", table.fingerprint) != table.fingerprint
+    ]
 
 
 class RowReader:

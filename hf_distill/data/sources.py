@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hf_distill.console import get_logger
 from hf_distill.data.arrow import BLOCK_ROWS
@@ -21,7 +24,25 @@ logger = get_logger(__name__)
 # Below this size a file is hashed again at every start; above it size and time of change are trusted.
 _ALWAYS_HASHED = 64 * 2**20
 
+# Bytes that a request for a part of a file on the Hub asks for beyond that part.
+_HUB_READ_AHEAD = 2**20
+
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?$")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a config, to be read in parts.
+
+    Attributes:
+        name: For messages; its end says what it is.
+        open: Opens it for reading bytes.
+        key: JSON-like value that identifies its content.
+    """
+
+    name: str
+    open: Callable[[], IO[bytes]]
+    key: Any
 
 
 class LocalSource:
@@ -51,11 +72,18 @@ class LocalSource:
 
     def key(self, config: str, split: str) -> Any:
         """Identifies the content of the split's files, not their names."""
-        return [[file_kind(file), self._hash(file)] for file in self._files[config][split]]
+        return [[file_kind(file), content_hash(file, self._cache_dir)] for file in self._files[config][split]]
 
     def blocks(self, config: str, split: str) -> Iterator[Block]:
         for file in self._files[config][split]:
             yield from read_blocks(file)
+
+    def files(self, config: str) -> list[SourceFile]:
+        """The files of all splits."""
+        files = chain.from_iterable(self._files[config].values())
+        return [
+            SourceFile(str(file), partial(open, file, "rb"), content_hash(file, self._cache_dir)) for file in files
+        ]
 
     def columns(self, config: str) -> list[str]:
         """The columns of the first file."""
@@ -108,18 +136,6 @@ class LocalSource:
                 result.setdefault(_stem(entry), {}).setdefault("train", []).append(entry)
         return result
 
-    def _hash(self, file: Path) -> str:
-        status = file.stat()
-        if status.st_size < _ALWAYS_HASHED:
-            return file_fingerprint(file)
-        stamp = [status.st_size, status.st_mtime_ns]
-        memo = cache_folder(self._cache_dir) / "data" / "hashes" / f"{fingerprint(str(file.resolve()))}.json"
-        known = read_json(memo) if memo.exists() else {}
-        if known.get("stamp") != stamp:
-            known = {"stamp": stamp, "hash": file_fingerprint(file), "file": str(file)}
-            write_json(memo, known)
-        return known["hash"]
-
 
 class HubSource:
     """A data-set repository on the Hub, read through `datasets` at one commit."""
@@ -155,6 +171,10 @@ class HubSource:
             yield Block(columns, self.place(config, split), first, "row")
             first += table.num_rows
 
+    def files(self, config: str) -> list[SourceFile]:
+        """The files of all splits, none of them downloaded."""
+        return fetch_files(self.repo, config, self.revision)
+
     def columns(self, config: str) -> list[str]:
         return list(next(iter(self._load(config).values())).column_names)
 
@@ -170,6 +190,23 @@ class HubSource:
         if config not in self._loaded:
             self._loaded[config] = fetch(self.repo, config, self.revision)
         return self._loaded[config]
+
+
+def content_hash(file: Path, cache_dir: str | os.PathLike | None = None) -> str:
+    """The fingerprint of a file's bytes; that of a large file is found again by size and time of change."""
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", where=str(file), cure="Check the path") from None
+    if status.st_size < _ALWAYS_HASHED:
+        return file_fingerprint(file)
+    stamp = [status.st_size, status.st_mtime_ns]
+    memo = cache_folder(cache_dir) / "data" / "hashes" / f"{fingerprint(str(file.resolve()))}.json"
+    known = read_json(memo) if memo.exists() else {}
+    if known.get("stamp") != stamp:
+        known = {"stamp": stamp, "hash": file_fingerprint(file), "file": str(file)}
+        write_json(memo, known)
+    return known["hash"]
 
 
 def open_source(
@@ -188,7 +225,7 @@ def open_source(
     return HubSource(text, revision)
 
 
-# Only the four functions below speak to the Hub; `datasets` and `huggingface_hub` retry by themselves.
+# Only the five functions below speak to the Hub; `datasets` and `huggingface_hub` retry by themselves.
 
 
 def resolve_revision(repo: str, revision: str | None) -> str | None:
@@ -219,6 +256,23 @@ def fetch(repo: str, config: str, revision: str | None) -> Any:
 
     with _HubErrors(repo, revision):
         return load_dataset(repo, config, revision=revision)
+
+
+def fetch_files(repo: str, config: str, revision: str | None) -> list[SourceFile]:
+    """The files of a config, which are read on the Hub part by part."""
+    from datasets import load_dataset_builder
+    from huggingface_hub import HfFileSystem
+
+    with _HubErrors(repo, revision):
+        paths = chain.from_iterable(load_dataset_builder(repo, config, revision=revision).config.data_files.values())
+        hub = HfFileSystem()
+        files = []
+        for path in paths:
+            known = hub.info(path)
+            content = (known.get("lfs") or {}).get("sha256") or known.get("blob_id")
+            opened = partial(hub.open, path, "rb", block_size=_HUB_READ_AHEAD)
+            files.append(SourceFile(path, opened, content or [path, known["size"]]))
+        return files
 
 
 def fetch_file(repo: str, path: str, revision: str | None) -> Path | None:
