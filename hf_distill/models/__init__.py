@@ -12,6 +12,8 @@ __getattr__, __dir__, __all__ = attach(
         "cross_encoder": ["CrossEncoderConfig", "CrossEncoderRanker"],
         "dense": ["DenseRetriever", "DenseRetrieverConfig", "RetrieverOutput"],
         "dropout": ["set_dropout"],
+        "lexical": ["LexicalRetriever", "LexicalRetrieverConfig"],
+        "multi_vector": ["MultiVectorConfig", "MultiVectorOutput", "MultiVectorRetriever"],
         "processing": ["DEFAULT_TEMPLATE", "TextProcessor"],
         "source": ["ModelSource", "find_model"],
         "student": ["layer_positions", "load_model", "reduce_layers", "student_from"],

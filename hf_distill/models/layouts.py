@@ -38,11 +38,13 @@ ACTIVATIONS = {
     "SiLU": "torch.nn.modules.activation.SiLU",
     "Sigmoid": "torch.nn.modules.activation.Sigmoid",
 }
-_OTHER_KINDS = {
-    "SparseEncoder": "a sparse (lexical) model",
-    "MultiVectorEncoder": "a multi-vector model",
-    "ColBERT": "a multi-vector model",
+# Modules that are not in sentence_transformers.models.
+_MODULE_PACKAGES = {
+    "SpladePooling": "sentence_transformers.sparse_encoder.models",
+    "MultiVectorMask": "sentence_transformers.multi_vector_encoder.modules.multi_vector_mask",
 }
+# sentence-transformers' and PyLate's names for multi-vector models; read by token_layouts.
+_MULTI_VECTOR = ("MultiVectorEncoder", "ColBERT")
 _LENGTH_FILES = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -80,6 +82,7 @@ class TowerLayout:
     query_length: int | None = None
     passage_length: int | None = None
     lowercase: bool = False
+    skipped_tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,12 +121,9 @@ def read_layout(folder: Path, name: str) -> Layout:
         "extra": extra,
     }
     model_type = settings.get("model_type", "SentenceTransformer")
-    if model_type in _OTHER_KINDS:
-        raise InputError(
-            f"this is {_OTHER_KINDS[model_type]} ({model_type})",
-            where=name,
-            cure="Give a dense model (SentenceTransformer) or a cross-encoder",
-        )
+    architectures = _read(folder / "config.json", name).get("architectures") or []
+    if model_type in _MULTI_VECTOR or "HF_ColBERT" in architectures:
+        return Layout("multi-vector", TowerLayout(folder), **shared)
     if settings.get("truncate_dim"):
         logger.warning("%s: vectors are not cut to the recorded truncate_dim %s.", name, settings["truncate_dim"])
     if (folder / "modules.json").is_file():
@@ -134,11 +134,20 @@ def read_layout(folder: Path, name: str) -> Layout:
         return Layout("dense", towers[0].query, towers[1].query, **{**shared, **_prompts_of_towers(shared, towers)})
     if not (folder / "config.json").is_file():
         raise _no_model(folder, name)
-    architectures = _read(folder / "config.json", name).get("architectures") or []
     if any(architecture.endswith("ForSequenceClassification") for architecture in architectures):
         # sentence-transformers takes the length of a bare cross-encoder from its tokenizer.
         return Layout("cross-encoder", TowerLayout(folder), **shared)
     return Layout("dense", TowerLayout(folder), **shared)
+
+
+def expect_kind(layout: Layout, wanted: str, name: str) -> None:
+    """Raises [`InputError`] if a multi-vector model is opened as something else (`wanted` is what it is to be)."""
+    if layout.kind == "multi-vector" != wanted:
+        raise InputError(
+            f"this is a multi-vector model, not a {wanted} one",
+            where=name,
+            cure="Open it with MultiVectorRetriever (--kind multi_vector), or start from its base model",
+        )
 
 
 def _prompts_of_towers(shared: dict[str, Any], towers: list[Layout]) -> dict[str, str]:
@@ -175,7 +184,10 @@ def _read(path: Path, name: str) -> Any:
         ) from None
 
 
-def _class_name(path: str, name: str) -> str:
+def module_class(path: str, name: str) -> str:
+    """The class name of a module of sentence-transformers (or PyLate's projection); other code is refused."""
+    if path == "pylate.models.Dense.Dense":
+        return "Dense"
     if not path.startswith("sentence_transformers."):
         raise InputError(
             f"the module {path!r} is code of the repository's own, which this library never runs",
@@ -187,7 +199,9 @@ def _class_name(path: str, name: str) -> str:
 
 def _read_modules(folder: Path, modules: list[dict[str, Any]], name: str) -> Layout:
     entries = sorted(modules, key=lambda module: module.get("idx", 0))
-    kinds = [(_class_name(entry["type"], name), _inside(folder, entry.get("path", ""), name)) for entry in entries]
+    kinds = [
+        (module_class(entry["type"], name), module_folder(folder, entry.get("path", ""), name)) for entry in entries
+    ]
     if not kinds:
         raise InputError("modules.json lists no module", where=name, cure="Copy or download the model again")
     first, root = kinds[0]
@@ -206,7 +220,7 @@ def _read_modules(folder: Path, modules: list[dict[str, Any]], name: str) -> Lay
         )
     towers = []
     for route in (query, passage):
-        modules_of_route = [(_class_name(types[part], name), _inside(root, part, name)) for part in route]
+        modules_of_route = [(module_class(types[part], name), module_folder(root, part, name)) for part in route]
         towers.append(_read_tower(modules_of_route, name)[0])
     tail = _read_tail(kinds[1:], name)
     query_tower, passage_tower = (replace(tower, normalize=tower.normalize or tail.normalize) for tower in towers)
@@ -218,7 +232,8 @@ def _read_modules(folder: Path, modules: list[dict[str, Any]], name: str) -> Lay
     )
 
 
-def _inside(folder: Path, path: str, name: str) -> Path:
+def module_folder(folder: Path, path: str, name: str) -> Path:
+    """The folder of a module; [`InputError`] if its path leads out of the model's."""
     target = folder / path
     if not target.resolve().is_relative_to(folder.resolve()) and ".." in Path(path).parts:
         raise InputError(f"the module path {path!r} leaves the folder", where=f"{name}, modules.json")
@@ -227,7 +242,7 @@ def _inside(folder: Path, path: str, name: str) -> Path:
 
 def _read_tower(kinds: list[tuple[str, Path]], name: str) -> tuple[TowerLayout, str]:
     first, folder = kinds[0]
-    if first != "Transformer":
+    if first not in ("Transformer", "MLMTransformer"):
         raise InputError(
             f"the model starts with a {first} module",
             where=f"{name}, modules.json",
@@ -235,8 +250,8 @@ def _read_tower(kinds: list[tuple[str, Path]], name: str) -> tuple[TowerLayout, 
         )
     if not (folder / "config.json").is_file():
         raise _no_model(folder, name)
-    lengths: dict[str, Any] = next((found for file in _LENGTH_FILES if (found := _read(folder / file, name))), {})
-    task = lengths.get("transformer_task", "feature-extraction")
+    lengths = read_lengths(folder, name)
+    task = lengths.get("transformer_task", "fill-mask" if first == "MLMTransformer" else "feature-extraction")
     if lengths.get("query_expansion"):
         raise InputError("the model expands its queries, as multi-vector models do", where=name)
     if "message" in (lengths.get("modality_config") or {}):
@@ -248,14 +263,16 @@ def _read_tower(kinds: list[tuple[str, Path]], name: str) -> tuple[TowerLayout, 
     kind = "dense"
     if task == "sequence-classification":
         kind = "cross-encoder"
+    elif task == "fill-mask":
+        kind = "lexical"
     elif task != "feature-extraction":
         raise InputError(
             f"the model's transformer does the task {task!r}",
             where=name,
-            cure="Give a dense model ('feature-extraction') or a cross-encoder with a classification head",
+            cure="Give a dense or lexical model, or a cross-encoder with a classification head",
         )
     text_options = (lengths.get("processing_kwargs") or {}).get("text") or {}
-    tail = _read_tail(kinds[1:], name)
+    tail = _read_lexical_tail(kinds[1:], name) if kind == "lexical" else _read_tail(kinds[1:], name)
     return replace(
         tail,
         folder=folder,
@@ -264,6 +281,11 @@ def _read_tower(kinds: list[tuple[str, Path]], name: str) -> tuple[TowerLayout, 
         passage_length=lengths.get("document_length"),
         lowercase=bool(lengths.get("do_lower_case")),
     ), kind
+
+
+def read_lengths(folder: Path, name: str) -> dict[str, Any]:
+    """The settings of a Transformer module: lengths by task, its task and more; empty where there are none."""
+    return next((found for file in _LENGTH_FILES if (found := _read(folder / file, name))), {})
 
 
 def _read_tail(kinds: list[tuple[str, Path]], name: str) -> TowerLayout:
@@ -281,7 +303,7 @@ def _read_tail(kinds: list[tuple[str, Path]], name: str) -> TowerLayout:
                 raise InputError("the model normalises token vectors, as multi-vector models do", where=where)
             normalize = True
         elif kind == "Dense":
-            projections.append(_read_dense(config, folder, where))
+            projections.append(read_dense(config, folder, where))
         elif kind != "Dropout":
             raise InputError(
                 f"modules of type {kind} are not supported",
@@ -289,6 +311,34 @@ def _read_tail(kinds: list[tuple[str, Path]], name: str) -> TowerLayout:
                 cure="Supported are Transformer, Pooling, Dense, Normalize, Dropout and Router",
             )
     return TowerLayout(Path(), pooling, tuple(projections), normalize)
+
+
+def _read_lexical_tail(kinds: list[tuple[str, Path]], name: str) -> TowerLayout:
+    """The modules after a masked-LM transformer: SpladePooling, and before it the mask of pooled tokens if any."""
+    skipped: tuple[str, ...] = ()
+    names = [kind for kind, _ in kinds]
+    if names not in (["SpladePooling"], ["MultiVectorMask", "SpladePooling"]):
+        raise InputError(
+            f"after the masked-LM transformer come the modules {', '.join(names) or '(none)'}",
+            where=f"{name}, modules.json",
+            cure="Supported is SpladePooling, alone or after MultiVectorMask",
+        )
+    for kind, folder in kinds:
+        config = _read(folder / "config.json", name)
+        where = f"{name}, {folder.name}"
+        if kind == "MultiVectorMask":
+            skipped = tuple(config.get("skiplist_words") or ())
+            if set(config.get("skiplist_tasks", ["document"])) != {"query", "document"} or config.get(
+                "keep_only_token_ids"
+            ):
+                raise InputError("queries and passages pool different tokens", where=where)
+        elif config.get("pooling_strategy", "max") != "max" or config.get("activation_function", "relu") != "relu":
+            raise InputError(
+                f"the model pools by {config.get('pooling_strategy')} after {config.get('activation_function')}",
+                where=where,
+                cure="Supported is SPLADE-max: the maximum of log(1 + relu(logit))",
+            )
+    return TowerLayout(Path(), skipped_tokens=skipped)
 
 
 def _read_pooling(config: dict[str, Any], where: str) -> str:
@@ -311,7 +361,8 @@ def _read_pooling(config: dict[str, Any], where: str) -> str:
     return _POOLINGS[modes[0]]
 
 
-def _read_dense(config: dict[str, Any], folder: Path, where: str) -> ProjectionLayout:
+def read_dense(config: dict[str, Any], folder: Path, where: str) -> ProjectionLayout:
+    """The linear layer that a Dense module's configuration describes."""
     if config.get("module_input_name", "sentence_embedding") != "sentence_embedding" or config.get("use_residual"):
         raise InputError("the Dense module works on token vectors or has a residual connection", where=where)
     activation = config.get("activation_function") or ACTIVATIONS["Tanh"]
@@ -327,7 +378,8 @@ def _read_dense(config: dict[str, Any], folder: Path, where: str) -> ProjectionL
 
 
 def _module(position: int, path: str, kind: str) -> dict[str, Any]:
-    return {"idx": position, "name": str(position), "path": path, "type": f"sentence_transformers.models.{kind}"}
+    package = _MODULE_PACKAGES.get(kind, "sentence_transformers.models")
+    return {"idx": position, "name": str(position), "path": path, "type": f"{package}.{kind}"}
 
 
 def write_tail(
@@ -361,6 +413,25 @@ def write_tail(
     if normalize:
         entries.append((f"{prefix}{1 + len(entries)}_Normalize", "Normalize"))
         (folder / entries[-1][0]).mkdir(parents=True, exist_ok=True)
+    return entries
+
+
+def write_lexical_tail(folder: Path, terms: int, skipped_tokens: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Writes the modules after a masked-LM transformer and returns their (path, class) in order.
+
+    Args:
+        folder: Where the module folders are made.
+        terms: Size of the vocabulary.
+        skipped_tokens: Tokens that take no part in pooling.
+    """
+    entries = []
+    if skipped_tokens:
+        entries.append(("1_MultiVectorMask", "MultiVectorMask"))
+        config: dict[str, Any] = {"skiplist_words": list(skipped_tokens), "skiplist_tasks": ["query", "document"]}
+        write_json(folder / entries[-1][0] / "config.json", config | {"keep_only_token_ids": None})
+    entries.append((f"{1 + len(entries)}_SpladePooling", "SpladePooling"))
+    config = {"pooling_strategy": "max", "activation_function": "relu", "word_embedding_dimension": terms}
+    write_json(folder / entries[-1][0] / "config.json", config)
     return entries
 
 

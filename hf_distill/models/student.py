@@ -13,7 +13,9 @@ from ..errors import InputError
 from .base import RetrievalModel, block_list, freeze_unused, is_adapted
 from .cross_encoder import CrossEncoderRanker
 from .dense import DenseRetriever
+from .lexical import LexicalRetriever
 from .loading import quiet_transformers
+from .multi_vector import MultiVectorRetriever
 
 
 # Settings that can change on a model that is open already.
@@ -74,10 +76,17 @@ def student_from(
     return reduce_layers(model, positions)
 
 
-def load_model(
-    name: str | Path, *, revision: str | None = None, **overrides: Any
-) -> DenseRetriever | CrossEncoderRanker:
-    """Opens a dense retriever or a cross-encoder, whichever the files describe.
+# Archetypes by the kind of a layout.
+_ARCHETYPES: dict[str, type[RetrievalModel]] = {
+    "dense": DenseRetriever,
+    "cross-encoder": CrossEncoderRanker,
+    "lexical": LexicalRetriever,
+    "multi-vector": MultiVectorRetriever,
+}
+
+
+def load_model(name: str | Path, *, revision: str | None = None, **overrides: Any) -> RetrievalModel:
+    """Opens a retriever or a cross-encoder, whichever the files describe.
 
     Args:
         name: Model id or folder.
@@ -89,8 +98,7 @@ def load_model(
 
     source = find_model(name, revision)
     layout = layouts.read_layout(source.folder, source.name)
-    archetype = CrossEncoderRanker if layout.kind == "cross-encoder" else DenseRetriever
-    return archetype.from_pretrained(source, **overrides)
+    return _ARCHETYPES[layout.kind].from_pretrained(source, **overrides)
 
 
 def layer_positions(count: int, total: int, choice: str = "first") -> list[int]:

@@ -1,0 +1,375 @@
+"""Lexical retrieval: a text becomes weights of vocabulary terms (SPLADE-max), which an inverted index serves.
+
+Formal et al., "SPLADE v2: Sparse Lexical and Expansion Model for Information Retrieval" (2021), equations 3 and 6: with
+z the masked-LM logits of a text's tokens, the weight of term v is max over tokens of log(1 + relu(z_v)). LED and LexMAE
+use the same and differ in which tokens take part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
+
+from ..console import get_logger
+from ..errors import InputError
+from . import layouts
+from .base import RetrievalConfig, RetrievalModel, plain_model
+from .dense import Kind, RetrieverOutput
+from .layouts import Layout
+from .loading import choose_length, load_backbone, load_tokenizer
+from .processing import TextProcessor
+from .source import ModelSource, find_model
+from .token_maximum import replaced_forward, token_maximum
+
+
+logger = get_logger(__name__)
+
+POOLED_TOKENS = ("all", "text", "inner")
+
+
+class LexicalRetrieverConfig(RetrievalConfig):
+    """Settings of a [`LexicalRetriever`].
+
+    Args:
+        pooled_tokens: Which tokens' terms count: `"all"` (as public SPLADE models), `"text"` (no start or separator
+            token anywhere, as LexMAE) or `"inner"` (neither the first nor the last token, as LED: a separator between
+            title and text takes part).
+        query_terms: Keep only so many of a query's heaviest terms; None for all.
+        passage_terms: The same for passages.
+        temperature: What scores are divided by in training.
+        query_prompt: Text put before every query.
+        passage_prompt: Text put before every passage.
+        query_length: Most tokens of a query.
+        passage_length: Most tokens of a passage.
+        template: How a document's title and text become one passage.
+    """
+
+    model_type = "hf_distill_lexical"
+
+    pooled_tokens: str = "all"
+    query_terms: int | None = None
+    passage_terms: int | None = None
+    temperature: float = 1.0
+    passage_prompt: str = ""
+    query_length: int = 512
+    passage_length: int = 512
+    # Read by whoever compares vectors; lexical ones are compared by dot product as they are.
+    similarity: str = "dot"
+    normalize: bool = False
+
+
+def splade_max(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Term weights from masked-LM logits: the definition, for logits that are all in memory.
+
+    Args:
+        logits: Float[T, L, V].
+        mask: Bool[T, L], True for tokens that take part.
+
+    Returns:
+        Float32 `[T, V]`, 0 or more.
+    """
+    largest = logits.masked_fill(~mask.unsqueeze(-1).bool(), 0.0).amax(1)
+    return torch.log1p(torch.relu(largest.float()))
+
+
+def pooled_mask(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, pooled_tokens: str, special_ids: tuple[int, ...]
+) -> torch.Tensor:
+    """Which tokens' terms count, Bool[T, L]; see [`LexicalRetrieverConfig`].
+
+    Args:
+        input_ids: `[T, L]`.
+        attention_mask: `[T, L]`, padded on any side.
+        pooled_tokens: `"all"`, `"text"` or `"inner"`.
+        special_ids: What `"text"` leaves out.
+    """
+    keep = attention_mask.bool()
+    if pooled_tokens == "text":
+        for special in special_ids:
+            keep = keep & (input_ids != special)
+    elif pooled_tokens == "inner":
+        place = attention_mask.cumsum(1)
+        keep = keep & (place > 1) & (place < place[:, -1:])
+    return keep
+
+
+def keep_heaviest(weights: torch.Tensor, terms: int | None) -> torch.Tensor:
+    """`[T, V]` with all but each row's `terms` largest weights set to 0."""
+    if terms is None or terms >= weights.shape[1]:
+        return weights
+    values, columns = weights.topk(terms, dim=1)
+    return torch.zeros_like(weights).scatter(1, columns, values)
+
+
+class LexicalRetriever(RetrievalModel):
+    """A masked language model whose pooled logits are the weights of terms, compared by dot product.
+
+    Open one with [`LexicalRetriever.from_pretrained`]: any masked language model, a public SPLADE checkpoint, or what
+    this class saved.
+
+    Args:
+        config: The settings.
+        backbone: A masked-LM model of transformers; made from `config.backbone` if None.
+        tokenizer: Its tokenizer.
+    """
+
+    config_class = LexicalRetrieverConfig
+    representation = "sparse"
+
+    def __init__(self, config: LexicalRetrieverConfig, backbone: PreTrainedModel | None = None, tokenizer: Any = None):
+        super().__init__(config, tokenizer)
+        _check_settings(config)
+        if backbone is None:
+            backbone = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**config.backbone))
+        self.backbone = backbone
+        plain = plain_model(backbone)
+        config.hidden_size = plain.config.hidden_size
+        config.backbone = plain.config.to_dict()
+        self._pools_in_head = _ends_with_projection(plain)
+        if tokenizer is not None:
+            tokenizer.model_max_length = max(config.query_length, config.passage_length)
+
+    @classmethod
+    def from_pretrained(  # noqa: D417 - overrides are described as one
+        cls,
+        pretrained_model_name_or_path: str | Path | ModelSource,
+        *,
+        revision: str | None = None,
+        dtype: str | torch.dtype = "float32",
+        attn_implementation: str | None = None,
+        new_head: str | None = None,
+        **overrides: Any,
+    ) -> LexicalRetriever:
+        """Opens a masked language model or a SPLADE model: a folder or Hub id, or saved by this class.
+
+        Args:
+            pretrained_model_name_or_path: The folder or Hub id.
+            revision: Branch, tag or commit on the Hub.
+            dtype: The weights' precision; float32 unless said otherwise, whatever the checkpoint's is.
+            attn_implementation: Fixes the attention; by default it is chosen by device and mode.
+            new_head: `"identity"` or `"random"` to start a masked-LM head where the checkpoint has none.
+            overrides: Fields of [`LexicalRetrieverConfig`] that replace what the checkpoint says.
+
+        Raises:
+            InputError: If the model cannot be found or read, or has no masked-LM head.
+        """
+        unknown = set(overrides) - set(_SETTINGS)
+        if unknown:
+            raise InputError(
+                f"unknown settings {sorted(unknown)}",
+                where="LexicalRetriever.from_pretrained",
+                cure=f"Known are {', '.join(_SETTINGS)}",
+            )
+        source = find_model(pretrained_model_name_or_path, revision)
+        layout = layouts.read_layout(source.folder, source.name)
+        modular = (source.folder / "modules.json").is_file()
+        if layout.passage is not None or (modular and layout.kind not in ("lexical", "dense")):
+            raise InputError(
+                "this is no lexical model",
+                where=source.name,
+                cure="Open it with load_model, which finds out what it is",
+            )
+        backbone = load_backbone(
+            layout.query.folder,
+            source.name,
+            dtype,
+            head="masked_lm",
+            attention=attn_implementation,
+            new_head=new_head,
+        )
+        tokenizer = load_tokenizer(layout.query.folder, source.name, backbone, layout.query.lowercase)
+        settings = {key: value for key, value in overrides.items() if value is not None}
+        config = _settings_of(layout, backbone, tokenizer, settings, source.name)
+        config.name_or_path = source.name
+        model = cls(config, backbone, tokenizer)
+        model.source = source
+        model.attention_is_fixed = attn_implementation is not None
+        return model.eval()
+
+    @property
+    def embedding_size(self) -> int:
+        """Number of terms."""
+        return plain_model(self.backbone).get_output_embeddings().weight.shape[0]
+
+    def processor(self) -> TextProcessor:
+        config = self.config
+        return TextProcessor(
+            tokenizer=self.tokenizer,
+            kind="bi",
+            query_prompt=config.query_prompt,
+            passage_prompt=config.passage_prompt,
+            query_length=config.query_length,
+            passage_length=config.passage_length,
+            template=config.template,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        names = ("pooled_tokens", "query_terms", "passage_terms")
+        return {name: getattr(self.config, name) for name in names} | {"special": self.special_ids()}
+
+    def special_ids(self) -> tuple[int, ...]:
+        """The ids of start and separator, which `pooled_tokens="text"` leaves out."""
+        return tuple(self.tokenizer.convert_tokens_to_ids(list(self._special_tokens())))
+
+    def _special_tokens(self) -> tuple[str, ...]:
+        found = (self.tokenizer.cls_token, self.tokenizer.sep_token)
+        return tuple(dict.fromkeys(token for token in found if token is not None))
+
+    # -------------------------------------------------------------------------------------------------- running
+
+    def encode(
+        self, chunk: Mapping[str, torch.Tensor], kind: Kind, embeddings: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Term weights of one padded chunk.
+
+        Args:
+            chunk: `input_ids` and `attention_mask`, `[t, l]`.
+            kind: `"query"` or `"passage"`, which may keep different numbers of terms.
+            embeddings: Its word embeddings `[t, l, H]`, where they are known already.
+
+        Returns:
+            Float32 `[t, V]`, 0 or more; a text of special tokens alone may have none above 0.
+        """
+        plain = plain_model(self.backbone)
+        keep = pooled_mask(chunk["input_ids"], chunk["attention_mask"], self.config.pooled_tokens, self.special_ids())
+        inputs = self._inputs(self.backbone, chunk, embeddings)
+        if self._pools_in_head:
+            head = plain.get_output_embeddings()
+            with replaced_forward(head, lambda hidden: token_maximum(head, hidden, keep)):
+                largest = self.backbone(**inputs).logits
+            weights = torch.log1p(torch.relu(largest.float()))
+        else:
+            weights = splade_max(self.backbone(**inputs).logits, keep)
+        return keep_heaviest(weights, self.config.query_terms if kind == "query" else self.config.passage_terms)
+
+    def forward(
+        self, query: Mapping[str, Any] | None = None, passage: Mapping[str, Any] | None = None
+    ) -> RetrieverOutput:
+        """Term weights of a batch of queries and a batch of passages, in one call.
+
+        Args:
+            query: A token batch: `chunks`, each with `input_ids` and `attention_mask` `[t_i, l_i]`, and `inverse`
+                `[T]`, which restores the order of the texts.
+            passage: The same for passages.
+        """
+        batches = {kind: batch for kind, batch in (("query", query), ("passage", passage)) if batch is not None}
+        chunks = [chunk for batch in batches.values() for chunk in batch["chunks"]]
+        embeddings = iter(self._embedded(self.backbone, chunks))
+        weights = {}
+        for kind, batch in batches.items():
+            parts = [self._maybe_recompute(self.encode, chunk, kind, next(embeddings)) for chunk in batch["chunks"]]
+            weights[kind] = torch.cat(parts)[batch["inverse"]]
+        return RetrieverOutput(query=weights.get("query"), passage=weights.get("passage"))
+
+    def similarity_scores(self, query: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
+        """Training scores of queries `[Q, V]` with passages `[C, V]`: float32 `[Q, C]`, divided by the temperature."""
+        with torch.autocast(query.device.type, enabled=False):
+            return query @ passage.T / self.config.temperature
+
+    def own_scores(self, query: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
+        """Training scores of queries `[Q, V]` with each one's own passages `[Q, M, V]`: float32 `[Q, M]`."""
+        with torch.autocast(query.device.type, enabled=False):
+            return (passage @ query.unsqueeze(-1)).squeeze(-1) / self.config.temperature
+
+    # --------------------------------------------------------------------------------------------------- saving
+
+    def check_export(self) -> None:
+        """Raises [`InputError`] if sentence-transformers could not pool the same tokens."""
+        separator = self.tokenizer.sep_token
+        if self.config.pooled_tokens == "inner" and separator and separator in self.config.template:
+            raise InputError(
+                f"pooled_tokens='inner' with {separator} inside passages cannot be expressed in sentence-transformers",
+                where=str(self.name_or_path or "LexicalRetriever"),
+                cure="Use pooled_tokens='text' (no separator takes part), or a template without separator",
+            )
+
+    def _export(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+        self.check_export()
+        config = self.config
+        self._save_tower("backbone", folder, state)
+        # Where no separator stands inside a text, the inner tokens are those that are not special.
+        skipped = () if config.pooled_tokens == "all" else self._special_tokens()
+        tail = layouts.write_lexical_tail(folder, self.embedding_size, skipped)
+        layouts.write_modules(folder, [("", "Transformer"), *tail])
+        layouts.write_lengths(folder, config.query_length, config.passage_length, transformer_task="fill-mask")
+        layouts.write_settings(
+            folder,
+            "SparseEncoder",
+            {"query": config.query_prompt, "document": config.passage_prompt},
+            similarity_fn_name="dot",
+        )
+        if config.query_terms or config.passage_terms:
+            logger.info("In sentence-transformers pass max_active_dims to keep the heaviest terms only.")
+        names = ("pooled_tokens", "query_terms", "passage_terms", "temperature", "template")
+        layouts.write_json(
+            folder / layouts.EXTRA_FILE, {"archetype": "lexical"} | {name: getattr(config, name) for name in names}
+        )
+
+    def _restore(self, folder: Path) -> None:
+        self._restore_tower("backbone", folder)
+
+
+_SETTINGS = (
+    "pooled_tokens", "query_terms", "passage_terms", "temperature", "query_prompt", "passage_prompt", "query_length",
+    "passage_length", "template",
+)  # fmt: skip
+
+
+def _check_settings(config: LexicalRetrieverConfig) -> None:
+    if config.pooled_tokens not in POOLED_TOKENS:
+        raise InputError(
+            f"pooled_tokens is {config.pooled_tokens!r}", cure=f"Choose one of {', '.join(POOLED_TOKENS)}"
+        )
+    for option in ("query_terms", "passage_terms"):
+        if getattr(config, option) is not None and getattr(config, option) < 1:
+            raise InputError(f"{option} is {getattr(config, option)}", cure="Keep one term at least, or leave it out")
+    if not config.temperature > 0:
+        raise InputError(f"temperature is {config.temperature}", cure="Choose a positive number")
+
+
+def _settings_of(
+    layout: Layout, backbone: PreTrainedModel, tokenizer: Any, overrides: dict[str, Any], name: str
+) -> LexicalRetrieverConfig:
+    special = {tokenizer.cls_token, tokenizer.sep_token} - {None}
+    skipped = set(layout.query.skipped_tokens)
+    if skipped not in (set(), special):
+        raise InputError(
+            f"the model leaves the tokens {sorted(skipped)} out of its pooling",
+            where=name,
+            cure=f"Supported are none and {sorted(special)}",
+        )
+    names = ("pooled_tokens", "query_terms", "passage_terms", "temperature", "template")
+    settings: dict[str, Any] = {
+        "pooled_tokens": "text" if skipped else "all",
+        "query_prompt": layout.query_prompt,
+        "passage_prompt": layout.passage_prompt,
+        **{key: layout.extra[key] for key in names if layout.extra.get(key) is not None},
+        **overrides,
+    }
+    for option in ("query_length", "passage_length"):
+        recorded = getattr(layout.query, option) or layout.query.max_length
+        settings[option] = choose_length(overrides.get(option), recorded, tokenizer, backbone, name, option)
+    return LexicalRetrieverConfig(**settings)
+
+
+def _ends_with_projection(backbone: PreTrainedModel) -> bool:
+    """Whether a model's logits are its output layer's result and nothing else, so that pooling can be done in it."""
+    head = backbone.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return False
+    probe = {"input_ids": torch.ones((1, 3), dtype=torch.long, device=head.weight.device)}
+    seen = []
+    training = backbone.training
+    backbone.eval()
+    with torch.no_grad():
+        logits = backbone(**probe).logits
+        with replaced_forward(head, lambda hidden: seen.append(hidden) or hidden):
+            passed = backbone(**probe).logits
+        same = len(seen) == 1 and passed is seen[0] and torch.allclose(head(passed), logits, atol=1e-5)
+    backbone.train(training)
+    return same
