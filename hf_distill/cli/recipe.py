@@ -1,0 +1,56 @@
+"""`hf-distill recipe`: a YAML file of stages, run in order, skipped where done, resumed where cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .options import RecipeOptions
+from .parsing import Verb, require
+
+
+_SHORT = {"--from": "--from_stage", "--until": "--until_stage"}
+
+
+def _words(argv: Sequence[str]) -> list[str]:
+    """`FILE --set a=1 --set b=2 --from x` in the form that the parser of options understands."""
+    words: list[str] = []
+    overrides: list[str] = []
+    position = 0
+    argv = list(argv)
+    while position < len(argv):
+        word = argv[position]
+        name, equals, value = word.partition("=")
+        if name == "--set":
+            overrides += [value] if equals else argv[position + 1 : position + 2]
+            position += 1 if equals else 2
+            continue
+        if position == 0 and not word.startswith("-"):
+            words += ["--recipe", word]
+        else:
+            words.append(_SHORT.get(name, name) + equals + value)
+        position += 1
+    return [*words, *(["--set", *overrides] if overrides else [])]
+
+
+def run(options: RecipeOptions) -> None:
+    """Loads the recipe and runs it, or prints its plan."""
+    require("recipe", recipe=(options.recipe, "a YAML file, or the name of a recipe that comes with the package"))
+    from ..recipes import RecipeRun, load_recipe
+
+    recipe = load_recipe(options.recipe, options.profile, options.set or ())
+    folder = options.output_dir or f"outputs/{recipe.name}" + (f"-{recipe.profile}" if recipe.profile else "")
+    job = RecipeRun(recipe, folder)
+    if options.dry_run:
+        job.show_plan(options.from_stage, options.until_stage)
+    else:
+        job.run(options.from_stage, options.until_stage)
+
+
+VERB = Verb(
+    "recipe",
+    "Run a YAML file of stages in order: what is done is skipped, what was cut off goes on.",
+    (RecipeOptions,),
+    run,
+    example="hf-distill recipe prod --profile small --set data=my_collection --dry-run",
+    words=_words,
+)

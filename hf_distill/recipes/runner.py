@@ -1,0 +1,240 @@
+"""Runs a recipe: decides what is to be done, starts a command for each stage, keeps records, writes the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..console import get_logger, print_table
+from ..errors import InputError
+from ..files import write_text
+from . import processes
+from .board import Board, Line, duration
+from .checks import check_graph, check_ids, check_stages, command_settings, fields_to_check, in_other_process
+from .keys import Contents, differences, stage_keys
+from .loading import Recipe
+from .records import DONE, FAILED, RUNNING, Record, Workspace
+from .results import stage_figures
+
+
+logger = get_logger(__name__)
+
+# What is to happen to a stage.
+SKIP, TAKE_BACK, RESUME, START, REDO = "done", "taken back", "goes on", "new", "again"
+
+
+@dataclass
+class Decision:
+    """What is to happen to a stage, and why."""
+
+    stage: str
+    key: str
+    parts: dict[str, Any]
+    action: str
+    why: list[str] = field(default_factory=list)
+    record: Record | None = None
+
+    @property
+    def works(self) -> bool:
+        """Whether its command will be started."""
+        return self.action in (RESUME, START, REDO)
+
+
+class RecipeRun:
+    """A recipe in a folder.
+
+    Args:
+        recipe: The recipe.
+        folder: Where everything goes; see [`hf_distill.recipes.records`].
+    """
+
+    def __init__(self, recipe: Recipe, folder: str | Path):
+        self.recipe, self.workspace = recipe, Workspace(folder)
+        self.contents = Contents(self.workspace.records_folder / "contents.json")
+
+    # ---- what is to be done ----
+    def decide(self) -> dict[str, Decision]:
+        """For every stage what is to happen to it; changes nothing."""
+        keys, parts = stage_keys(self.recipe, self.contents)
+        return {name: self._decide(name, keys[name], parts[name]) for name in self.recipe.stages}
+
+    def _decide(self, name: str, key: str, parts: dict[str, Any]) -> Decision:
+        record, stage = self.workspace.record(name), self.recipe.stages[name]
+        decision = Decision(name, key, parts, START, record=record)
+        if record is not None and record.key == key:
+            if record.status != DONE:
+                decision.action, decision.why = RESUME, [f"was {_words(record.status)} before"]
+            elif self.workspace.has_result(stage):
+                decision.action = SKIP
+            else:
+                decision.action, decision.why = REDO, ["its result is not there any more"]
+        elif (shelved := self.workspace.shelved(name, key)) is not None and shelved.status == DONE:
+            decision.action, decision.why, decision.record = TAKE_BACK, ["these settings were run before"], shelved
+        elif record is not None:
+            decision.action, decision.why = REDO, differences(record.parts, parts)
+        return decision
+
+    def _part(self, first: str | None, last: str | None, decisions: dict[str, Decision]) -> list[str]:
+        names = self.recipe.part(first, last)
+        begin = list(self.recipe.stages).index(names[0])
+        for name in list(self.recipe.stages)[:begin]:
+            if decisions[name].works and any(name in self._needs(one) for one in names):
+                raise InputError(
+                    f"stage {name!r} is needed and not done ({decisions[name].action})",
+                    where="--from",
+                    cure=f"Begin with --from {name}",
+                )
+        return names
+
+    def _needs(self, name: str) -> set[str]:
+        """The stages that a stage stands on, however far below."""
+        found: set[str] = set()
+        waiting = list(self.recipe.stages[name].needs)
+        while waiting:
+            other = waiting.pop()
+            if other not in found:
+                found.add(other)
+                waiting += self.recipe.stages[other].needs
+        return found
+
+    # ---- showing ----
+    @property
+    def title(self) -> str:
+        """Name and profile."""
+        profile = f", profile {self.recipe.profile}" if self.recipe.profile else ""
+        return f"Recipe {self.recipe.name}{profile}, in {self.workspace.folder}"
+
+    def show_plan(self, first: str | None = None, last: str | None = None) -> None:
+        """Checks everything, prints what would be done and about how long it would take."""
+        decisions = self.decide()
+        names = self._part(first, last, decisions)
+        work = [name for name in names if decisions[name].works]
+        check_graph(self.recipe, work, self.workspace)
+        in_other_process(check_stages, fields_to_check(self.recipe, work, self.workspace))
+        in_other_process(check_ids, self.recipe, work)
+        rows = []
+        for name in names:
+            decision, stage = decisions[name], self.recipe.stages[name]
+            rows.append([name, stage.kind.verb, decision.action, "; ".join(decision.why)])
+        print_table(self.title, ["stage", "verb", "state", "why"], rows)
+
+    # ---- running ----
+    def run(self, first: str | None = None, last: str | None = None) -> None:
+        """Runs the stages from `first` to `last` that are not done.
+
+        Raises:
+            InputError: If anything in the recipe is wrong (before any stage starts), or a stage fails.
+        """
+        decisions = self.decide()
+        names = self._part(first, last, decisions)
+        work = [name for name in names if decisions[name].works]
+        if work:
+            check_graph(self.recipe, work, self.workspace)
+            in_other_process(check_stages, fields_to_check(self.recipe, work, self.workspace))
+        lock = self._lock()
+        try:
+            self.contents.save()
+            self._announce([decisions[name] for name in names])
+            self._run([decisions[name] for name in names])
+        finally:
+            lock.release()
+
+    def _lock(self) -> Any:
+        from filelock import FileLock, Timeout
+
+        self.workspace.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.workspace.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                "another process is running this recipe",
+                where=str(self.workspace.folder),
+                cure="Wait for it to end, or choose another --output_dir",
+            ) from None
+        return lock
+
+    def _announce(self, decisions: Sequence[Decision]) -> None:
+        """Says what changed since the last start and what will be done again because of it."""
+        for decision in decisions:
+            if decision.action in (REDO, TAKE_BACK, RESUME):
+                logger.info("%s %s: %s", decision.stage, _sentence(decision.action), "; ".join(decision.why))
+
+    def _run(self, decisions: Sequence[Decision]) -> None:
+        lines = [Line(one.stage, self.recipe.stages[one.stage].kind.verb) for one in decisions]
+        board = Board(self.title, lines)
+        try:
+            with board:
+                for decision in decisions:
+                    self._step(decision, board)
+        finally:
+            board.show()
+
+    def _step(self, decision: Decision, board: Board) -> None:
+        name, record = decision.stage, decision.record
+        if decision.action == TAKE_BACK:
+            self.workspace.supersede(name)
+            record = self.workspace.take_back(name, decision.key)
+        if not decision.works:
+            board.ends(name, DONE, record.seconds, record.figures.get("headline", ""))
+            return
+        if decision.action != RESUME:
+            shelf = self.workspace.supersede(name)
+            if shelf is not None and record is not None and record.key != decision.key:
+                logger.info("%s: the result of the other settings is kept in %s", name, shelf)
+            record = Record(name, self.recipe.stages[name].kind.verb, decision.key, decision.parts)
+        self._work(record, board)
+
+    def _work(self, record: Record, board: Board) -> None:
+        """Starts the stage's command and waits for it."""
+        import yaml
+
+        name, stage = record.stage, self.recipe.stages[record.stage]
+        if not processes.wait_for_end(record.process):
+            raise InputError(
+                f"process {record.process} of an earlier start is still working on stage {name!r}",
+                where=str(self.workspace.result(name)),
+                cure="Wait for it to end, or end it",
+            )
+        config, log = self.workspace.file(name, ".yaml"), self.workspace.file(name, ".log")
+        settings = command_settings(self.recipe, name, self.workspace)
+        write_text(config, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        command = processes.verb_command(stage.kind.verb, config, stage.launch)
+        earlier, begin = record.seconds, time.monotonic()
+        record.status, record.starts = RUNNING, record.starts + 1
+
+        def started(process: int) -> None:
+            record.process = process
+            self.workspace.save(record)
+
+        def says(line: str) -> None:
+            record.seconds = earlier + time.monotonic() - begin
+            board.says(line)
+
+        board.begins(name, " ".join(["hf-distill", *command[3:]]))
+        code = processes.run_command(command, log, started, says)
+        record.seconds = earlier + time.monotonic() - begin
+        record.process = None
+        record.status = DONE if code == 0 else FAILED
+        if code == 0:
+            record.figures = stage_figures(stage, self.workspace.result(name))
+        self.workspace.save(record)
+        board.ends(name, record.status, record.seconds, record.figures.get("headline", ""))
+        if code != 0:
+            words = processes.last_words(log)
+            raise InputError(
+                f"the command ended with code {code} after {duration(record.seconds)}; its last words:\n{words}\n",
+                where=f"stage {name!r}",
+                cure=f"The whole log is {log}; the same command goes on here once this is mended",
+            )
+
+
+def _words(status: str) -> str:
+    return {RUNNING: "cut off", FAILED: "ended by an error"}[status]
+
+
+def _sentence(action: str) -> str:
+    return {REDO: "will be done again", TAKE_BACK: "is taken back", RESUME: "goes on where it stopped"}[action]

@@ -1,0 +1,240 @@
+"""Runs of the stage graph: what is skipped, resumed, redone and refused. A small program stands in for the verbs."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_distill.errors import InputError
+from hf_distill.recipes import RecipeRun, load_recipe, processes
+
+
+COMMAND = Path(__file__).parent / "recipe_command.py"
+RECIPE = {
+    "name": "sums",
+    "variables": {"data": "???", "pause": 0},
+    "stages": {
+        "rows": {"verb": "mine", "data": "${data}", "model": "bm25", "amount": 3, "pause": "${pause}"},
+        "ranker": {"verb": "train", "data": "${data}", "model": "m/m", "rows": "${rows}", "amount": 1},
+        "scored": {"verb": "score", "data": "${data}", "rows": "${rows}", "model": "${ranker}", "pause": "${pause}"},
+        "figures": {"verb": "evaluate", "data": "${data}", "model": ["${ranker}"], "after": ["scored"]},
+    },
+}
+
+
+@pytest.fixture()
+def start(tmp_path, monkeypatch, micro):
+    """Runs the recipe of sums with overrides; returns the run."""
+    monkeypatch.setattr(processes, "verb_command", stand_in)
+    monkeypatch.setattr("hf_distill.recipes.runner.in_other_process", lambda *_: None)
+    path = tmp_path / "sums.yaml"
+    path.write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+
+    def start(*overrides: str, first: str | None = None, last: str | None = None) -> RecipeRun:
+        run = RecipeRun(load_recipe(path, overrides=[f"data={micro}", *overrides]), tmp_path / "out")
+        run.run(first, last)
+        return run
+
+    return start
+
+
+def stand_in(verb: str, config: Path, launch: str | None) -> list[str]:
+    return [sys.executable, str(COMMAND), verb, "--config", str(config)]
+
+
+def starts(run: RecipeRun) -> dict[str, int]:
+    return {name: run.workspace.record(name).starts for name in run.recipe.stages}
+
+
+def actions(run: RecipeRun) -> dict[str, str]:
+    return {name: decision.action for name, decision in run.decide().items()}
+
+
+def test_what_is_done_is_skipped(start, tmp_path):
+    run = start()
+    assert set(actions(run).values()) == {"done"}
+    total = (tmp_path / "out/stages/figures/total.json").read_text()
+    assert starts(start()) == dict.fromkeys(run.recipe.stages, 1)
+    assert (tmp_path / "out/stages/figures/total.json").read_text() == total
+    record = run.workspace.record("ranker")
+    assert record.figures["headline"].startswith("nDCG@10 ")
+    assert "mine step 19" in (tmp_path / "out/records/rows.log").read_text()
+
+
+def test_a_changed_setting_redoes_what_stands_on_it(start, caplog, tmp_path):
+    caplog.set_level("INFO", logger="hf_distill")
+    start()
+    before = (tmp_path / "out/stages/figures/total.json").read_text()
+    changed = start("ranker.amount=2")
+    assert starts(changed) == {"rows": 1, "ranker": 1, "scored": 1, "figures": 1}
+    assert "ranker will be done again: amount: 1 -> 2" in caplog.text
+    assert "scored will be done again: stage ranker is another one" in caplog.text
+    assert "rows will be done again" not in caplog.text
+    assert (tmp_path / "out/stages/figures/total.json").read_text() != before
+    caplog.clear()
+    start()
+    assert "ranker is taken back: these settings were run before" in caplog.text
+    assert (tmp_path / "out/stages/figures/total.json").read_text() == before
+    assert "ranker: hf-distill" not in caplog.text, "nothing was started"
+
+
+def test_settings_without_effect_change_nothing(start):
+    assert set(actions(start()).values()) == {"done"}
+    assert starts(start("ranker.logging_steps=5")) == {"rows": 1, "ranker": 1, "scored": 1, "figures": 1}
+
+
+def test_the_files_that_are_named_count_not_their_place(start, tmp_path, micro):
+    import shutil
+
+    start()
+    copy = shutil.copytree(micro, tmp_path / "elsewhere")
+    assert starts(start(f"data={copy}"))["rows"] == 1
+    with open(copy / "queries.jsonl", "a") as file:
+        file.write('{"_id": "new", "text": "another"}\n')
+    decisions = start(f"data={copy}", last="rows").decide()
+    assert decisions["ranker"].action == "again" and "the files of data changed" in decisions["ranker"].why
+
+
+def test_a_raised_version_redoes_the_stage(start, monkeypatch):
+    from dataclasses import replace
+
+    from hf_distill.recipes.kinds import KINDS
+
+    run = start()
+    monkeypatch.setitem(KINDS, "score", replace(KINDS["score"], version=99))
+    run = RecipeRun(load_recipe(run.recipe.origin, overrides=run.recipe.overrides), run.workspace.folder)
+    assert actions(run) == {"rows": "done", "ranker": "done", "scored": "again", "figures": "again"}
+    assert "version 1 -> 99" in run.decide()["scored"].why[0]
+
+
+def test_a_lost_result_is_made_again(start, tmp_path):
+    import shutil
+
+    run = start()
+    shutil.rmtree(tmp_path / "out/stages/scored")
+    assert actions(run) == {"rows": "done", "ranker": "done", "scored": "again", "figures": "done"}
+    assert starts(start())["scored"] == 1
+    assert set(actions(run).values()) == {"done"}
+
+
+def test_a_part(start):
+    run = start(last="ranker")
+    assert run.workspace.record("scored") is None
+    with pytest.raises(InputError, match="stage 'scored' is needed and not done.*--from scored"):
+        start(first="figures")
+    assert set(actions(start(first="scored")).values()) == {"done"}
+    with pytest.raises(InputError, match="stage 'rows' is needed and not done"):
+        start("rows.amount=9", first="ranker")
+
+
+def test_a_failing_stage_says_its_last_words_and_goes_on_later(start):
+    with pytest.raises(InputError, match=r"stage 'ranker'(.|\n)*error: told to fail(.|\n)*ranker.log"):
+        start("ranker.fail=true")
+    run = start()
+    assert starts(run) == {"rows": 1, "ranker": 1, "scored": 1, "figures": 1}
+
+
+def test_a_foreign_folder_is_not_touched(start, tmp_path):
+    folder = tmp_path / "out/stages/ranker"
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="no stage of this recipe made"):
+        start()
+    assert (folder / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["ranker.data=null"], "train still needs data"),
+        (["ranker.rows=${figures}"], "wait for each other"),
+        (["scored.rows=${ranker}"], "stage 'ranker' leaves model, where rows is needed"),
+        (["figures.model=[/no/such/model]"], "there is no file or folder /no/such/model"),
+        (["ranker.mine_with=./nowhere"], "there is no file or folder ./nowhere"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_starts(start, tmp_path, overrides, message):
+    with pytest.raises(InputError, match=message):
+        start(*overrides)
+    assert not (tmp_path / "out/stages").exists()
+
+
+def test_columns_are_known_before_they_are_there(start, tmp_path, micro):
+    content = {**RECIPE, "stages": {**RECIPE["stages"]}}
+    student = {"verb": "distill", "data": str(micro), "student": "m/m", "teacher": "column:scores_big"}
+    content["stages"]["student"] = {**student, "rows": "${scored}"}
+    path = tmp_path / "columns.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(InputError, match="no column 'scores_big'.*ranks, retriever_scores, scores, sources"):
+        RecipeRun(load_recipe(path, overrides=[f"data={micro}"]), tmp_path / "out").run()
+    recipe = load_recipe(path, overrides=[f"data={micro}", "scored.column=scores_big"])
+    RecipeRun(recipe, tmp_path / "out2").run()
+
+
+def test_two_starts_at_once(start, tmp_path):
+    from filelock import FileLock
+
+    start(last="rows")
+    with FileLock(tmp_path / "out/.lock"), pytest.raises(InputError, match="another process is running"):
+        start()
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_result_is_the_same(tmp_path, micro):
+    """The recipe's own process is killed; the command that it had started must not outlive it."""
+    path = tmp_path / "sums.yaml"
+    path.write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from pathlib import Path
+from hf_distill.recipes import RecipeRun, load_recipe, processes, runner
+from tests.test_recipes_running import stand_in
+processes.verb_command = stand_in
+runner.in_other_process = lambda *_: None
+RecipeRun(load_recipe({str(path)!r}, overrides=["data={micro}", "pause=0.03"]), sys.argv[1]).run()
+"""
+
+    def launch(folder: Path) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-c", code, str(folder)], stderr=subprocess.PIPE)
+
+    assert launch(tmp_path / "whole").wait() == 0
+    generator, kills = random.Random(5), 0
+    while True:
+        process = launch(tmp_path / "killed")
+        try:
+            assert process.wait(timeout=generator.uniform(0.5, 1.2)) == 0, process.stderr.read().decode()
+            break
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+            time.sleep(0.05)
+            assert kills < 30
+    assert kills >= 2
+    for stage in RECIPE["stages"]:
+        for name in ("total.json", "metrics.json"):
+            whole, killed = (tmp_path / folder / "stages" / stage / name for folder in ("whole", "killed"))
+            assert whole.read_text() == killed.read_text()
+    records = [json.loads(file.read_text()) for file in (tmp_path / "killed/records").glob("[!c]*.json")]
+    assert all(record["status"] == "done" for record in records) and max(one["starts"] for one in records) > 1
+
+
+def test_nothing_heavy_is_imported_to_find_that_nothing_is_to_be_done(start, tmp_path, micro):
+    start()
+    words = ["recipe", str(tmp_path / "sums.yaml"), "--set", f"data={micro}", "--output_dir", str(tmp_path / "out")]
+    code = f"""
+import sys
+from hf_distill.cli.main import main
+main({words!r})
+assert not {{"torch", "datasets", "pandas", "pyarrow"}} & set(sys.modules), sorted(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
