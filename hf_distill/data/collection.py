@@ -28,10 +28,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-_CORPUS_CONFIGS = (schema.CORPUS, "documents", "docs")
-_QUERIES_CONFIGS = (schema.QUERIES, "query")
-_QRELS_CONFIGS = (schema.QRELS, "default")
-RESERVED_CONFIGS = (*_CORPUS_CONFIGS, *_QUERIES_CONFIGS, schema.QRELS)
+RESERVED_CONFIGS = (*schema.CORPUS_CONFIGS, *schema.QUERIES_CONFIGS, schema.QRELS)
 
 
 @dataclass
@@ -63,6 +60,12 @@ class Collection:
         """16 hexadecimal digits of queries, corpus and judgements."""
         judgements = {split: qrels.fingerprint for split, qrels in self.qrels.items()}
         return fingerprint([self.queries.fingerprint, self.corpus.fingerprint, judgements])
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprints of the parts, by what they are called in messages."""
+        judgements = {f"judgements of {split}": qrels.fingerprint for split, qrels in self.qrels.items()}
+        return {"queries": self.queries.fingerprint, "corpus": self.corpus.fingerprint, **judgements}
 
     def split(self, name: str) -> Qrels:
         """The judgements of split `name`; `InputError` lists the splits when there is no such."""
@@ -120,8 +123,8 @@ def load_collection(
     if unknown_ids not in ("error", "drop"):
         raise InputError(f"{unknown_ids!r} is not a choice", where="unknown_ids", cure="Use 'error' or 'drop'")
     opened = open_source(source, revision, cache_dir)
-    corpus_config = _config(opened, _CORPUS_CONFIGS)
-    queries_config = _config(opened, _QUERIES_CONFIGS)
+    corpus_config = _config(opened, schema.CORPUS_CONFIGS)
+    queries_config = _config(opened, schema.QUERIES_CONFIGS)
     corpus = _table(Corpus, opened, corpus_config, cache_dir)
     queries = _table(Queries, opened, queries_config, cache_dir)
     judged, qrels_config = _qrels_config(opened, revision)
@@ -189,7 +192,7 @@ def _is_row_set(opened: LocalSource | HubSource, config: str) -> bool:
 
 
 def _qrels_config(opened, revision: str | None) -> tuple[LocalSource | HubSource, str | None]:
-    for name in _QRELS_CONFIGS:
+    for name in schema.QRELS_CONFIGS:
         if name in opened.configs() and (name == schema.QRELS or _judges(opened.columns(name))):
             return opened, name
     if isinstance(opened, HubSource) and opened.repo.lower().startswith("beir/"):

@@ -43,13 +43,18 @@ LAYER_SCORES_PREFIX = "layer_scores_"
 QUERY = "query"
 DOCUMENTS = "documents"
 
+# Under which names others keep the configs; the first one is ours.
+CORPUS_CONFIGS = (CORPUS, "documents", "docs")
+QUERIES_CONFIGS = (QUERIES, "query")
+QRELS_CONFIGS = (QRELS, "default")
+
 # Under which names other formats keep the same thing (BEIR, MTEB, Tevatron, plain files); the first one is ours.
 QUERY_ID_NAMES = (QUERY_ID, "_id", "query-id", "qid", "id")
-DOCUMENT_ID_NAMES = (DOCUMENT_ID, "_id", "corpus-id", "docid", "doc_id", "pid", "id")
+DOCUMENT_ID_NAMES = (DOCUMENT_ID, "_id", "corpus-id", "docid", "doc_id", "passage_id", "pid", "id")
 QUERY_TEXT_NAMES = (TEXT, "query", "query_text", "question")
-DOCUMENT_TEXT_NAMES = (TEXT, "document_text", "contents", "passage")
+DOCUMENT_TEXT_NAMES = (TEXT, "document_text", "contents", "passage", "document", "body")
 QRELS_QUERY_NAMES = (QUERY_ID, "query-id", "qid")
-QRELS_DOCUMENT_NAMES = (DOCUMENT_ID, "corpus-id", "docid", "doc_id")
+QRELS_DOCUMENT_NAMES = (DOCUMENT_ID, "corpus-id", "docid", "doc_id", "pid")
 RELEVANCE_NAMES = (RELEVANCE, "score", "label")
 
 QUERIES_SCHEMA = pa.schema([(QUERY_ID, pa.string()), (TEXT, pa.string())])
