@@ -61,6 +61,7 @@ class HubServer:
             self.users: dict[str, str] = {}
             self.repos: dict[tuple[str, str], Repo] = {}
             self.blobs: dict[str, bytes] = {}
+            self.uploads: dict[str, bytes] = {}  # not verified yet
             self.parts: dict[tuple[str, int], bytes] = {}
             self.faults: list[Fault] = []
             self.requests: list[Request] = []
@@ -308,6 +309,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _writable(self, kind: str | None, name: str) -> Repo:
         repo = self._readable(kind, name)
+        if self.user is None:
+            raise Refusal(401, "Invalid username or password.")
         if self.user != repo.owner:
             raise Refusal(403, "You don't have the rights to write in this repository")
         return repo
@@ -509,11 +512,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _store(self, oid: str, content: bytes) -> None:
         if hashlib.sha256(content).hexdigest() != oid:
             raise Refusal(400, f"what came is not {oid}")
-        self.hub.blobs[oid] = content
+        self.hub.uploads[oid] = content
 
     def _verify(self, body: bytes, oid: str, part: None) -> Any:
-        if len(self.hub.blobs.get(oid, b"")) != json.loads(body)["size"]:
+        if len(self.hub.uploads.get(oid, b"")) != json.loads(body)["size"]:
             raise Refusal(404, f"{oid} was not uploaded")
+        self.hub.blobs[oid] = self.hub.uploads[oid]
         return ({},)
 
     def _commit(self, body: bytes, kind: str, name: str, revision: str) -> Any:

@@ -1,4 +1,4 @@
-"""What is told about a run: manifest and cards."""
+"""The way to the Hub and back, and what is told about a run: manifest and cards."""
 
 from __future__ import annotations
 
@@ -6,5 +6,11 @@ from ..lazy import attach
 
 
 __getattr__, __dir__, __all__ = attach(
-    __name__, {"cards": ["write_model_card"], "manifest": ["hardware", "run_manifest", "without_secrets"]}
+    __name__,
+    {
+        "cards": ["write_model_card"],
+        "client": ["HubError"],
+        "manifest": ["hardware", "run_manifest", "without_secrets"],
+        "push": ["Pushed", "Target", "push_folder"],
+    },
 )

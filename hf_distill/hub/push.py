@@ -1,0 +1,292 @@
+"""Pushing folders: all files in one commit, tried again where that helps, and never over somebody else's run."""
+
+from __future__ import annotations
+
+import fnmatch
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..console import get_logger
+from ..errors import InputError
+from ..files import fingerprint, read_json
+from .client import HubError, attempt, check_repo_id, explain, status_of, with_namespace
+
+
+logger = get_logger(__name__)
+
+MANIFEST = "run_manifest.json"
+RUN_KEY = "run_key.json"
+
+# What lies in an output folder and is no part of the result: checkpoints, the comparison without a teacher, locks,
+# half-written and hidden files.
+LEFT_OUT = ("checkpoint-*", "no_teacher", "_*", ".*", "*.tmp", "*.lock")
+# Weights that would be read although they belong to an earlier push.
+_STALE = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+# What somebody may have put into a new repository by hand.
+_HARMLESS = ("README.md", ".gitattributes", "LICENSE*", ".gitignore")
+_LARGEST_TEXT = 5 * 2**20
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """A successful push.
+
+    Attributes:
+        repo_id: The repository, with its owner.
+        kind: `"model"`, `"dataset"` or `"space"`.
+        commit: The commit that the repository is at now.
+        changed: False if the repository held the same files already; there is no new commit then.
+    """
+
+    repo_id: str
+    kind: str
+    commit: str
+    changed: bool
+
+    @property
+    def url(self) -> str:
+        """The repository's page."""
+        from huggingface_hub import constants
+
+        prefix = "" if self.kind == "model" else f"{self.kind}s/"
+        return f"{constants.ENDPOINT}/{prefix}{self.repo_id}"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a push goes.
+
+    Args:
+        repo_id: `you/name`; a bare name belongs to whoever is logged in.
+        kind: `"model"`, `"dataset"` or `"space"`.
+        private: Whether a new repository is private; None for the account's default.
+        revision: The branch; it is made if there is none.
+        token: Instead of the login's.
+        overwrite: Whether the files of another run may be replaced.
+        create: Whether to make the repository if there is none.
+    """
+
+    repo_id: str
+    kind: str = "model"
+    private: bool | None = None
+    revision: str | None = None
+    token: str | None = None
+    overwrite: bool = False
+    create: bool = True
+
+
+def files_of(folder: Path, left_out: tuple[str, ...] = LEFT_OUT) -> dict[str, Path]:
+    """The files of a folder by their path in the repository, without those that are no part of the result."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and not any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in left_out):
+            found["/".join(parts)] = path
+    return found
+
+
+def run_of(read: Any) -> str | None:
+    """What identifies the run that a folder or repository holds; None if it holds no run.
+
+    Args:
+        read: Gives the content of a JSON file by its name, None if there is no such file.
+    """
+    manifest = read(MANIFEST) or {}
+    settings = manifest.get("settings") or read(RUN_KEY)
+    return fingerprint(settings) if settings else None
+
+
+def push_later(folder: str | Path, repo_id: str, *more: str) -> str:
+    """The command that pushes `folder` later."""
+    return shlex.join(["hf-distill", "push", str(folder), "--repo_id", repo_id, *more])
+
+
+def push_files(files: Mapping[str, Path], target: Target, message: str) -> Pushed:
+    """Makes one commit of `files`, tried again where that can help; without any change there is no commit.
+
+    Files of an earlier push in the folders that are pushed to, and weights of an earlier push, are removed in the same
+    commit, so that nothing stale is read beside the new files.
+
+    Args:
+        files: Local files by their path in the repository.
+        target: Where they go.
+        message: Of the commit.
+
+    Raises:
+        InputError: If the repository holds another run, or a file holds the token.
+        Exception: What the client library raised last; [`push_folder`] makes a sentence of it.
+    """
+    repo_id = with_namespace(target.repo_id, target.token)
+    _check_for_token(files, target.token)
+
+    def read_local(name: str) -> Any:
+        return read_json(files[name]) if name in files else None
+
+    run, heads = run_of(read_local), []
+
+    def once() -> str:
+        return _push_once(files, target, repo_id, message, run, heads)
+
+    commit = attempt(once, f"pushing to {repo_id}")
+    # Compared with what the first try found: a commit whose answer was lost is found done by the next try.
+    return Pushed(repo_id, target.kind, commit, commit != heads[0])
+
+
+def _push_once(
+    files: Mapping[str, Path], target: Target, repo_id: str, message: str, run: str | None, heads: list[str]
+) -> str:
+    """One try; returns the commit that holds the files, and notes in `heads` where the branch was before."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api = HfApi(token=target.token)
+    info = _open_repo(api, repo_id, target)
+    heads.append(info.sha)
+    known = {sibling.rfilename for sibling in info.siblings or []}
+    if not target.overwrite:
+        check_run(api, repo_id, target, info.sha, known, run)
+    stale = [path for path in sorted(known - set(files)) if _is_stale(path, files)]
+    operations: list[Any] = [CommitOperationDelete(path_in_repo=path) for path in stale]
+    operations += [CommitOperationAdd(path_in_repo=path, path_or_fileobj=str(file)) for path, file in files.items()]
+    return api.create_commit(
+        repo_id,
+        operations,
+        commit_message=message,
+        repo_type=target.kind,
+        revision=target.revision,
+        parent_commit=info.sha,
+    ).oid
+
+
+def _open_repo(api: Any, repo_id: str, target: Target) -> Any:
+    """What the Hub says about the repository at its branch, both made if they are missing."""
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    def info() -> Any:
+        return api.repo_info(repo_id, repo_type=target.kind, revision=target.revision)
+
+    conflict = None
+    try:
+        return info()
+    except RevisionNotFoundError:
+        api.create_branch(repo_id, branch=target.revision, repo_type=target.kind, exist_ok=True)
+        return info()
+    except RepositoryNotFoundError:
+        if not target.create:
+            raise
+    try:
+        api.create_repo(
+            repo_id,
+            repo_type=target.kind,
+            private=target.private,
+            space_sdk="gradio" if target.kind == "space" else None,
+        )
+    except HfHubHTTPError as error:
+        if status_of(error) != 409:
+            raise
+        conflict = error  # made by somebody else just now, or its name is taken by what this account may not see
+    try:
+        return info()
+    except RevisionNotFoundError:
+        api.create_branch(repo_id, branch=target.revision, repo_type=target.kind, exist_ok=True)
+        return info()
+    except RepositoryNotFoundError:
+        if conflict is not None:
+            raise conflict from None
+        raise
+
+
+def check_run(api: Any, repo_id: str, target: Target, commit: str, known: set[str], run: str | None) -> None:
+    """Raises [`InputError`] if a repository holds another run than `run`, or files of unknown origin."""
+
+    def read_remote(name: str) -> Any:
+        if name not in known:
+            return None
+        return read_json(api.hf_hub_download(repo_id, name, repo_type=target.kind, revision=commit))
+
+    theirs = run_of(read_remote)
+    if theirs == run:
+        return
+    if theirs is None and all(any(fnmatch.fnmatch(path, pattern) for pattern in _HARMLESS) for path in known):
+        return
+    raise InputError(
+        "the repository holds another run" if theirs else "the repository holds files that no such run has made",
+        where=repo_id,
+        cure="Choose another repository, or replace its files with hf-distill push FOLDER --overwrite true",
+    )
+
+
+def _is_stale(path: str, files: Mapping[str, Path]) -> bool:
+    folder, _, name = path.rpartition("/")
+    if folder:
+        return any(other.startswith(path.split("/")[0] + "/") for other in files)
+    has_weights = any(fnmatch.fnmatch(other, pattern) for other in files for pattern in _STALE if "/" not in other)
+    return has_weights and any(fnmatch.fnmatch(name, pattern) for pattern in _STALE)
+
+
+def _check_for_token(files: Mapping[str, Path], token: str | None) -> None:
+    from huggingface_hub import get_token
+
+    secrets = {secret.encode() for secret in (token, get_token()) if secret}
+    for path, file in files.items():
+        if secrets and file.stat().st_size <= _LARGEST_TEXT and not path.endswith((".safetensors", ".parquet")):
+            content = file.read_bytes()
+            if any(secret in content for secret in secrets):
+                raise InputError(
+                    "the file holds your Hub token, which must not be published",
+                    where=str(file),
+                    cure="Remove it from the file, and make a new token if anybody has seen it",
+                )
+
+
+def push_folder(
+    folder: str | Path,
+    target: Target | str,
+    *,
+    message: str | None = None,
+    files: Mapping[str, Path] | None = None,
+    later: str | None = None,
+) -> Pushed:
+    """Pushes a folder as it is, in one commit.
+
+    Args:
+        folder: What lies in it stays as it is, whatever happens.
+        target: Where it goes; an id means a model repository.
+        message: Of the commit.
+        files: Which files, by their path in the repository; by default all but checkpoints and hidden ones.
+        later: The command that the message of a failure recommends.
+
+    Raises:
+        InputError: If there is nothing to push, the repository holds another run, or a file holds the token.
+        HubError: If the Hub does not take it: why, and how to push the folder later.
+    """
+    folder = Path(folder)
+    target = Target(target) if isinstance(target, str) else target
+    check_repo_id(target.repo_id, "repo_id")
+    files = files_of(folder) if files is None else files
+    if not files:
+        raise InputError("nothing to push", where=str(folder), cure="Name the folder of a model or of data")
+    try:
+        pushed = push_files(files, target, message or f"Push {folder.resolve().name}")
+    except InputError:
+        raise
+    except Exception as error:
+        raise hub_error(folder, target, error, later) from error
+    if pushed.changed:
+        logger.info("%s pushed to %s (commit %s)", folder, pushed.url, pushed.commit[:10])
+    else:
+        logger.info("%s holds the same files already: no new commit", pushed.url)
+    return pushed
+
+
+def hub_error(folder: str | Path, target: Target, error: BaseException, later: str | None = None) -> HubError:
+    """The sentence about a push that failed for good."""
+    kind = ["--repo_type", target.kind] if target.kind != "model" else []
+    later = later or push_later(folder, target.repo_id, *kind)
+    login = " after `hf auth login`" if status_of(error) in (401, 403) else ""
+    return HubError(
+        f"{folder} is complete on this machine but was not pushed to {target.repo_id}: {explain(error)}",
+        f"Push it later{login} with: {later}",
+    )
