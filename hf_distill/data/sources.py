@@ -27,6 +27,9 @@ _ALWAYS_HASHED = 64 * 2**20
 # Bytes that a request for a part of a file on the Hub asks for beyond that part.
 _HUB_READ_AHEAD = 2**20
 
+# Text files with data, plain or compressed; never scripts, never pickles.
+DATA_FILES = tuple(f"*{suffix}{gz}" for suffix in (".jsonl", ".json", ".tsv", ".txt", ".csv") for gz in ("", ".gz"))
+
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?$")
 
 
@@ -43,6 +46,10 @@ class SourceFile:
     name: str
     open: Callable[[], IO[bytes]]
     key: Any
+
+
+class LoadingScriptError(InputError):
+    """A repository that is a program; its data files can still be read."""
 
 
 class LocalSource:
@@ -192,6 +199,11 @@ class HubSource:
         return self._loaded[config]
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether `text` could name a repository on the Hub."""
+    return bool(_HUB_ID.match(text))
+
+
 def content_hash(file: Path, cache_dir: str | os.PathLike | None = None) -> str:
     """The fingerprint of a file's bytes; that of a large file is found again by size and time of change."""
     try:
@@ -220,12 +232,12 @@ def open_source(
         raise InputError(
             "a file where a folder is expected", where=text, cure="Name the folder that holds the collection"
         )
-    if not _HUB_ID.match(text):
+    if not is_hub_id(text):
         raise InputError("no such folder", where=text, cure="Check the path, or give a Hub id such as mteb/scifact")
     return HubSource(text, revision)
 
 
-# Only the five functions below speak to the Hub; `datasets` and `huggingface_hub` retry by themselves.
+# Only the six functions below speak to the Hub; `datasets` and `huggingface_hub` retry by themselves.
 
 
 def resolve_revision(repo: str, revision: str | None) -> str | None:
@@ -286,6 +298,17 @@ def fetch_file(repo: str, path: str, revision: str | None) -> Path | None:
         return None
 
 
+def fetch_data_files(repo: str, revision: str | None, patterns: Sequence[str] = DATA_FILES) -> Path | None:
+    """Downloads the data files of a repository that fit `patterns`; the folder of them, `None` if there are none."""
+    from huggingface_hub import snapshot_download
+
+    with _HubErrors(repo, revision):
+        folder = Path(
+            snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=[*patterns, "README.md"])
+        )
+    return folder if any(found.is_file() for pattern in patterns for found in folder.rglob(pattern)) else None
+
+
 class _HubErrors:
     """Turns the Hub's and `datasets`' exceptions into one sentence with a cure."""
 
@@ -303,7 +326,7 @@ class _HubErrors:
 
         text = str(error).strip().split("\n")[0]
         if "scripts are no longer supported" in text:
-            raise InputError(
+            raise LoadingScriptError(
                 "the repository is a Python loading script, which is never run here",
                 where=self.where,
                 cure="Try revision='refs/convert/parquet', or download its data files and load the folder",
