@@ -47,6 +47,15 @@ def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
+def max_over_processes(value: int, device: torch.device) -> int:
+    """The largest of the numbers that the processes bring."""
+    if world_size() == 1:
+        return value
+    from accelerate.utils import gather
+
+    return int(gather(torch.tensor([value], device=device)).max())
+
+
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of `tensor` over all processes, without gradient."""
     if world_size() == 1:

@@ -16,7 +16,7 @@ from hf_distill.losses.flops import flops_loss
 from hf_distill.losses.kl import kl_loss
 from hf_distill.losses.layer_alignment import layer_alignment_loss
 from hf_distill.losses.margin_mse import margin_mse_loss
-from hf_distill.losses.maxsim import maxsim
+from hf_distill.losses.maxsim import maxsim, own_maxsim
 from hf_distill.losses.rank_consistency import rank_consistency_loss
 
 
@@ -39,6 +39,7 @@ __all__ = [
     "layer_alignment_loss",
     "margin_mse_loss",
     "maxsim",
+    "own_maxsim",
     "parse_terms",
     "rank_consistency_loss",
 ]

@@ -45,3 +45,28 @@ def maxsim(
     if query_mask is not None:
         scores = scores.masked_fill(~query_mask.bool()[..., None], 0.0)
     return scores.sum(1)
+
+
+@full_precision
+def own_maxsim(
+    query_tokens: Tensor, passage_tokens: Tensor, passage_mask: Tensor, query_mask: Tensor | None = None
+) -> Tensor:
+    """[`maxsim`] of each query with its own passages only.
+
+    Args:
+        query_tokens: Float[Q, Lq, D].
+        passage_tokens: Float[Q, M, Ld, D].
+        passage_mask: Bool or integer [Q, M, Ld].
+        query_mask: Bool or integer [Q, Lq].
+
+    Returns:
+        Float[Q, M].
+    """
+    keep = passage_mask.bool()
+    similarities = passage_tokens.flatten(1, 2) @ query_tokens.transpose(1, 2)  # [Q, M*Ld, Lq]
+    hidden = torch.finfo(query_tokens.dtype).min / 2
+    best = similarities.unflatten(1, keep.shape[1:]).masked_fill(~keep[..., None], hidden).amax(2)  # [Q, M, Lq]
+    best = best.masked_fill(~keep.any(-1)[..., None], 0.0)
+    if query_mask is not None:
+        best = best.masked_fill(~query_mask.bool()[:, None], 0.0)
+    return best.sum(-1)

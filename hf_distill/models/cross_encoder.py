@@ -111,6 +111,7 @@ class CrossEncoderRanker(RetrievalModel):
         source = find_model(pretrained_model_name_or_path, revision)
         name = source.name
         layout = layouts.read_layout(source.folder, name)
+        layouts.expect_kind(layout, "cross-encoder", name)
         if layout.passage is not None:
             raise InputError("the model has two towers", where=name, cure="Open it with DenseRetriever")
         folder = layout.query.folder

@@ -188,6 +188,7 @@ class DenseRetriever(RetrievalModel):
         source = find_model(pretrained_model_name_or_path, revision)
         name = source.name
         layout = layouts.read_layout(source.folder, name)
+        layouts.expect_kind(layout, "dense", name)
         if layout.kind != "dense" and layout.query.pooling is None and (source.folder / "modules.json").is_file():
             raise InputError("this is a cross-encoder", where=name, cure="Open it with CrossEncoderRanker")
         backbone = load_backbone(layout.query.folder, name, dtype, attention=attn_implementation)
@@ -207,7 +208,7 @@ class DenseRetriever(RetrievalModel):
         model = cls(config, backbone, tokenizer, passage_backbone)
         for modules, found in zip((model.projections, model.passage_projections), projections):
             for module, one in zip(modules or (), found):
-                _load_projection(module, one)
+                load_projection(module, one)
         model.to(backbone.dtype)
         model.source = source
         model.attention_is_fixed = attn_implementation is not None
@@ -432,7 +433,7 @@ class DenseRetriever(RetrievalModel):
             if modules is not None and len(modules) != len(found):
                 raise RuntimeError(f"the folder has {len(found)} Dense modules, the model {len(modules)}")
             for module, one in zip(modules or (), found):
-                _load_projection(module, one)
+                load_projection(module, one)
 
 
 _SETTINGS = (
@@ -506,7 +507,7 @@ def _projection_layouts(layout: Layout) -> tuple[tuple[ProjectionLayout, ...], t
     return of(layout.query), of(layout.passage or layout.query)
 
 
-def _load_projection(module: Projection, layout: ProjectionLayout) -> None:
+def load_projection(module: Projection, layout: ProjectionLayout) -> None:
     """Fills a projection from a Dense module's folder, older pickle-free `.bin` files included."""
     path = layout.folder / "model.safetensors"
     if path.is_file():
@@ -517,4 +518,5 @@ def _load_projection(module: Projection, layout: ProjectionLayout) -> None:
         state = torch.load(layout.folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
     else:
         raise InputError("the folder holds no weights", where=str(layout.folder), cure="Download the model again")
-    module.load_state_dict({key.removeprefix("linear."): value for key, value in state.items()})
+    own = {key.removeprefix("linear."): value for key, value in state.items() if key.startswith("linear.")}
+    module.load_state_dict(own)

@@ -363,6 +363,8 @@ def _read_pooling(config: dict[str, Any], where: str) -> str:
 
 def read_dense(config: dict[str, Any], folder: Path, where: str) -> ProjectionLayout:
     """The linear layer that a Dense module's configuration describes."""
+    if "in_features" not in config or "out_features" not in config:
+        raise InputError("the Dense module has no configuration", where=where, cure="Copy or download the model again")
     if config.get("module_input_name", "sentence_embedding") != "sentence_embedding" or config.get("use_residual"):
         raise InputError("the Dense module works on token vectors or has a residual connection", where=where)
     activation = config.get("activation_function") or ACTIVATIONS["Tanh"]
