@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,11 +14,14 @@ import torch
 import yaml
 from accelerate.utils import send_to_device
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from ..data.collators import RetrievalCollator
 from ..data.negatives import EpochSampler, TrainingRows
 from ..data.rows import RowSet
+from ..data.streaming import StreamedRows, StreamedTrainingRows, StreamSampler
 from ..distributed import (
+    check_engine,
     check_launch,
     is_sharded,
     scale_gradient,
@@ -28,11 +32,12 @@ from ..distributed import (
 )
 from ..errors import InputError
 from ..evaluation.in_loop import RetrievalEvaluation
-from ..files import write_json, write_text
+from ..files import saying_full_disk, write_json, write_text
 from ..losses.combine import LossTerm, parse_terms
 from ..models.base import RetrievalModel
 from ..models.dropout import set_dropout
 from .arguments import RetrievalTrainingArguments
+from .training_rows import SkipUnread, check_rows_state, make_dataset, make_sampler, write_rows_state
 
 
 STUDENT = "student"
@@ -82,7 +87,7 @@ class BaseTrainer(Trainer):
     Args:
         model: The model to train, a [`RetrievalModel`] in float32 weights.
         args: Its configuration.
-        rows: The training rows. May be None for evaluation only.
+        rows: The training rows, held or streamed. May be None for evaluation only.
         evaluation: What `evaluate` measures.
         encoders: Text processors of further models that see the batch, by name.
         stores: Cached embeddings of teachers, by name: one store of queries and one of passages.
@@ -100,7 +105,7 @@ class BaseTrainer(Trainer):
         self,
         model: RetrievalModel,
         args: RetrievalTrainingArguments,
-        rows: RowSet | None = None,
+        rows: RowSet | StreamedRows | None = None,
         evaluation: RetrievalEvaluation | None = None,
         encoders: Mapping[str, Any] | None = None,
         stores: Mapping[str, Any] | None = None,
@@ -118,7 +123,8 @@ class BaseTrainer(Trainer):
                 tower.get_input_embeddings().requires_grad_(False)
         dataset = collator = None
         if rows is not None:
-            dataset = self._make_dataset(rows, args, score_columns)
+            check_batch(len(rows), args)
+            dataset = make_dataset(rows, args, read_sources(args), score_columns)
             collator = self._make_collator(model, dataset, args, encoders or {}, stores or {})
         # Taken before an engine puts its own classes and hooks into the model.
         self._skeleton = skeleton(model) if world_size() > 1 else None
@@ -136,24 +142,10 @@ class BaseTrainer(Trainer):
         )
 
     # ---- Rows to batches ----
-    def _make_dataset(
-        self, rows: RowSet, args: RetrievalTrainingArguments, score_columns: Sequence[str]
-    ) -> TrainingRows:
-        check_batch(len(rows), args)
-        return TrainingRows(
-            rows,
-            num_negatives=args.num_negatives,
-            sampling=args.negative_sampling,
-            positive=args.positive_sampling,
-            seed=args.data_seed if args.data_seed is not None else args.seed,
-            sources=read_sources(args),
-            score_columns=score_columns,
-        )
-
     def _make_collator(
         self,
         model: RetrievalModel,
-        dataset: TrainingRows,
+        dataset: TrainingRows | StreamedTrainingRows,
         args: RetrievalTrainingArguments,
         encoders: Mapping[str, Any],
         stores: Mapping[str, Any],
@@ -178,10 +170,14 @@ class BaseTrainer(Trainer):
             stores=stores,
         )
 
-    def _get_train_sampler(self, train_dataset: TrainingRows | None = None) -> EpochSampler:
+    def _get_train_sampler(
+        self, train_dataset: TrainingRows | StreamedTrainingRows | None = None
+    ) -> EpochSampler | StreamSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        sampler = EpochSampler(len(dataset), seed=seed)
+        sampler = make_sampler(dataset, self.args)
+        if isinstance(sampler, StreamSampler):
+            self.pop_callback(SkipUnread)
+            self.add_callback(SkipUnread(sampler))
         # After a resume on several processes accelerate can no longer see our sampler, only the dataset: it then
         # tells the epoch to the dataset.
         dataset.set_epoch = sampler.set_epoch
@@ -208,11 +204,15 @@ class BaseTrainer(Trainer):
         # Scores and softmax in float32 whatever the encoder runs in.
         with torch.autocast(self.args.device.type, enabled=False):
             parts = self.loss_parts(self.accelerator.unwrap_model(model), output, inputs)
-        for name, value in parts.items():
-            self._part_sums[name] = self._part_sums.get(name, 0.0) + value.detach()
+        self.note(parts)
         self._part_steps += 1
         loss = torch.stack(list(parts.values())).sum()
         return (loss, output) if return_outputs else loss
+
+    def note(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Scalars of this batch whose mean over processes and steps goes to the log."""
+        for name, value in values.items():
+            self._part_sums[name] = self._part_sums.get(name, 0.0) + value.detach()
 
     @staticmethod
     def reduce_rows(loss: torch.Tensor, rows: torch.Tensor, candidates: str) -> torch.Tensor:
@@ -247,6 +247,17 @@ class BaseTrainer(Trainer):
         return 0
 
     # ---- Training and evaluation ----
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As [`~transformers.Trainer.train`]; a checkpoint whose rows were others is refused."""
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
+        if folder:
+            check_engine(folder, self.args)
+        if folder and self.rows is not None:
+            check_rows_state(Path(folder), self.rows, self.args)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def evaluate(
         self,
         eval_dataset: RetrievalEvaluation | None = None,
@@ -284,6 +295,18 @@ class BaseTrainer(Trainer):
         self.whole_model().save_pretrained(folder, is_main_process=self.args.should_save)
         if self.args.should_save:
             write_text(folder / "training_args.json", self.args.to_json_string())
+            if self.rows is not None:
+                write_rows_state(folder, self.rows, self.args)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            with saying_full_disk(folder):
+                super()._save_checkpoint(model, trial)
+        except InputError:
+            # It lacks its last files, so nobody can go on from it; the one before is still there.
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:

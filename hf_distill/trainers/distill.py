@@ -88,8 +88,7 @@ class DistillTrainer(RetrievalTrainer):
 
     def _look_at_scores(self) -> None:
         """Warns of teachers that say nothing, and fits the temperatures that were left open."""
-        rows = range(min(self.args.calibration_rows, len(self.train_dataset)))
-        examples = [self.train_dataset[row, 0] for row in rows]
+        examples = self.train_dataset.first_examples(self.args.calibration_rows)
         for label, term in self.terms.items():
             column = self.teacher_of(term).score_column if term.loss.teacher else None
             open_temperature = term.calibration == "temperature" and term.calibration_temperature == 1.0

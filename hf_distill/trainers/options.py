@@ -35,6 +35,9 @@ class RetrievalOptions:
     negative_sources: str | None = _option(
         None, 'Weights of the pool\'s sources as JSON, for example \'{"bm25": 1, "dense": 2}\'. Default: all alike.'
     )
+    shuffle_buffer: int = _option(
+        10_000, "Streamed rows that are shuffled together, beside the order of their files. 0: rows in their order."
+    )
     losses: str | None = _option(
         None,
         "The loss terms as JSON or YAML: names or mappings with name, weight, candidates (own, in_batch, global), "

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from ..losses.combine import LOSSES, LossTerm
+from ..losses.combine import ANCHOR, LOSSES, LossTerm
 from ..models.base import RetrievalModel
 from ..models.candidates import candidate_layout
 from .arguments import RetrievalTrainingArguments
 from .base import BaseTrainer
+from .sparsity import active_terms, look_at_sparsity, sparsity
 
 
 class BatchScores:
@@ -36,20 +37,22 @@ class BatchScores:
         return self._scores[candidates]
 
 
-def check_terms(terms: Mapping[str, LossTerm], *, ranks_pairs: bool, teachers: Mapping[str, Any]) -> None:
+def check_terms(terms: Mapping[str, LossTerm], *, representation: str, teachers: Mapping[str, Any]) -> None:
     """Looks whether loss terms can be computed, before anything is read or trained.
 
     Args:
         terms: By their label.
-        ranks_pairs: Whether the student is a cross-encoder.
+        representation: What the student makes of texts, see [`RetrievalModel`].
         teachers: Each with `candidate_sets` and `embedding_size`, as [`Teacher`] has them, the primary one first.
 
     Raises:
         InputError: For the first that cannot, with what would do.
     """
+    ranks_pairs = representation == "pair"
+    possible = {"scores", "embeddings"} | ({"representations"} if representation == "sparse" else set())
     for label, term in terms.items():
-        if term.loss.inputs not in ("scores", "embeddings"):
-            known = [name for name, loss in LOSSES.items() if loss.inputs in ("scores", "embeddings")]
+        if term.loss.inputs not in possible:
+            known = [name for name, loss in LOSSES.items() if loss.inputs in possible]
             raise InputError(
                 f"{label} compares {term.loss.inputs}, which these students do not give",
                 where="losses",
@@ -78,7 +81,12 @@ def _check_teacher(label: str, term: LossTerm, teachers: Mapping[str, Any]) -> N
             where="losses",
             cure="Use the verb distill, or take the term out",
         )
-    name = next(iter(teachers)) if term.teacher is None else term.teacher
+    for name in term.teachers:
+        if name != ANCHOR or name in teachers:
+            _check_one(label, term, next(iter(teachers)) if name is None else name, teachers)
+
+
+def _check_one(label: str, term: LossTerm, name: str, teachers: Mapping[str, Any]) -> None:
     if name not in teachers:
         raise InputError(
             f"the loss {term.name!r} names the teacher {name!r}",
@@ -112,27 +120,42 @@ class RetrievalTrainer(BaseTrainer):
 
     def __init__(self, model: RetrievalModel, args: RetrievalTrainingArguments, **kwargs: Any):
         self.ranks_pairs = model.representation == "pair"
+        self.is_lexical = model.representation == "sparse"
         terms = self.parse_losses(args)
-        check_terms(terms, ranks_pairs=self.ranks_pairs, teachers=self.teachers)
+        check_terms(terms, representation=model.representation, teachers=self.teachers)
         self.prepare_model(model, terms, args.seed)
         super().__init__(model, args, **kwargs)
 
     def default_losses(self) -> list[dict[str, Any]]:
-        return [{"name": "contrastive", "candidates": "own" if self.ranks_pairs else "global"}]
+        contrastive = {"name": "contrastive", "candidates": "own" if self.ranks_pairs else "global"}
+        # A lexical model that nothing keeps sparse cannot be served; the weight is that of LED's lexical model.
+        return [contrastive, {"name": "flops", "weight": 8e-4}] if self.is_lexical else [contrastive]
 
     def prepare_model(self, model: RetrievalModel, terms: Mapping[str, LossTerm], seed: int) -> None:
         """Adds to the model what the terms need beside it; nothing here."""
 
     def loss_parts(self, model: RetrievalModel, output: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         student = BatchScores(model, output, batch)
-        return {label: self.term_value(term, student) * term.weight for label, term in self.terms.items()}
+        if self.is_lexical:
+            self.note(active_terms(output))
+        step, total = self.state.global_step, self.state.max_steps
+        return {
+            label: self.term_value(term, student) * term.weight_at(step, total) for label, term in self.terms.items()
+        }
 
-    def teacher_scores(self, term: LossTerm, student: BatchScores) -> torch.Tensor | None:
-        """What the term's teacher says about its candidates; None for a term without a teacher."""
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if self.is_lexical and "loss" in logs:
+            look_at_sparsity(logs, self.terms, self.state.global_step)
+
+    def teacher_scores(self, term: LossTerm, student: BatchScores) -> list[torch.Tensor] | None:
+        """What the term's teachers say about its candidates; None for a term without a teacher."""
         return None
 
     def term_value(self, term: LossTerm, student: BatchScores) -> torch.Tensor:
         """The unweighted value of one term; see [`reduce_rows`] for its meaning on several processes."""
+        if term.loss.inputs == "representations":
+            return sparsity(term, student.output, student.batch)
         target, keep = candidate_layout(student.batch, term.candidates, term.mask_false_negatives)
         value = term(student.scores(term.candidates), self.teacher_scores(term, student), target, keep)
         counted = target >= 0 if term.loss.target else torch.ones_like(target, dtype=torch.bool)
