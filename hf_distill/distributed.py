@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,6 +130,12 @@ def check_launch(args: Any) -> None:
     if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
         _check_fsdp(args)
     plugin = args.deepspeed_plugin
+    if plugin is not None and os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+        raise InputError(
+            "with ACCELERATE_USE_CPU (use_cpu in a configuration) accelerate would leave out DeepSpeed and not say so",
+            where="launch",
+            cure=f"Type hf-distill --launch zero{plugin.zero_stage}:{max(launched, 2)} VERB ...",
+        )
     if plugin is not None and plugin.zero_stage == 3 and not plugin.zero3_save_16bit_model:
         raise InputError(
             "ZeRO-3 would leave the weights in pieces, and no model could be saved",
@@ -163,6 +170,24 @@ def engine_of(args: Any) -> str | None:
     if args.deepspeed_plugin is not None:
         return f"zero{args.deepspeed_plugin.zero_stage}"
     return "fsdp" if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" else None
+
+
+def check_engine(folder: str | os.PathLike, args: Any) -> None:
+    """Raises [`InputError`] if a training cannot go on from a checkpoint because another engine wrote it."""
+    folder = Path(folder)
+    wrote = None
+    if any(folder.glob("global_step*")):
+        wrote = "zero3" if any(folder.glob("global_step*/zero_pp_rank_*model_states.pt")) else "zero2"
+    elif any(folder.glob("pytorch_model_fsdp*")):
+        wrote = "fsdp"
+    now = engine_of(args)
+    if wrote != now and folder.is_dir():
+        raise InputError(
+            f"the checkpoint was written under {wrote or 'DDP or one process'}, this training runs under "
+            f"{now or 'DDP or in one process'}, which cannot read the optimizer's state",
+            where=str(folder),
+            cure="Launch it as before, or begin a new run with this folder as the model",
+        )
 
 
 def is_sharded(model: torch.nn.Module) -> bool:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..data import RowSet
     from ..models.base import RetrievalModel
     from ..teachers import Teacher
-    from ..trainers import DistillTrainer, RetrievalTrainer
+    from ..trainers import DistillTrainer
 
 logger = get_logger(__name__)
 
@@ -68,6 +68,7 @@ class Distillation:
         encode_options: IndexOptions,
         args: Any,
     ):
+        from ..distributed import engine_of
         from . import steps
         from .reporting import Report
 
@@ -93,7 +94,9 @@ class Distillation:
             encode_options,
             args,
             processes=args.world_size,
-            data_fingerprint=self.data.collection.fingerprint,
+            engine=engine_of(args),
+            data_fingerprint=self.data.collection.fingerprints,
+            rows_fingerprint=steps.rows_fingerprint(self.data, row_options),
             student_weights=self.student.weights_fingerprint(),
             teacher_weights=[spec.model.weights_fingerprint() if spec.model else None for spec in self.teachers],
         )
@@ -351,19 +354,18 @@ class Distillation:
             rows=rows,
             evaluation=self.steps.evaluation_for(self.data, self.args, self.student),
         )
-        self.steps.finish_training(trainer)
+        self.student = self.steps.finish_training(trainer)
         return trainer
 
-    def train_without_teacher(self, rows: RowSet, start: RetrievalModel) -> RetrievalTrainer:
-        """The same start, rows and steps with the contrastive loss alone."""
+    def train_without_teacher(self, rows: RowSet, start: RetrievalModel) -> RetrievalModel:
+        """What the same start, rows and steps give with the contrastive loss alone."""
         from ..trainers import RetrievalTrainer
 
         args = replace(self.args, output_dir=str(self.folder / "no_teacher"), losses=None)
         trainer = RetrievalTrainer(
             start, args, rows=rows, evaluation=self.steps.evaluation_for(self.data, args, start)
         )
-        self.steps.finish_training(trainer)
-        return trainer
+        return self.steps.finish_training(trainer)
 
     def run(self) -> None:
         """Takes all steps; each leaves its result on disk, so that a second call goes on where the first was cut."""
@@ -381,8 +383,7 @@ class Distillation:
         start = copy.deepcopy(self.student) if self.options.baseline else None
         trainer = self.train(rows, teachers)
         if start is not None and rows.num_positives.any():
-            self.train_without_teacher(rows, start)
-            self.report.model("student_no_teacher", start)
+            self.report.model("student_no_teacher", self.train_without_teacher(rows, start))
         self.report.model("student", self.student)
         self.report.finish(
             trainer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -185,10 +186,15 @@ def prepare(launch: Launch, gpus: int) -> tuple[Any, dict[str, str]]:
             cure=f"Type hf-distill --launch {launch.name}:{gpus * machines} {launch.verb} ...",
         )
     if on_cpu:
-        # What the launcher leaves out where several processes are started: each would train a model of its own.
-        environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-        if kind == "DEEPSPEED":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+        # What the launcher leaves out where it starts several processes: each would train a model of its own. With
+        # the variable accelerate leaves out DeepSpeed, with the flag it does not.
+        if kind != "DEEPSPEED":
+            environment["ACCELERATE_USE_CPU"] = "true"
+        else:
             environment["DS_ACCELERATOR"] = "cpu"
+            if importlib.import_module(f"hf_distill.cli.{launch.verb}").VERB.arguments is not None:
+                args.training_script_args += ["--use_cpu", "true"]
     return args, environment
 
 

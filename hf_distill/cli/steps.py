@@ -16,6 +16,8 @@ from ..data import Collection, RowSet, Run, load_collection
 from ..errors import InputError
 from ..files import read_json, write_json
 from ..hub.manifest import without_secrets
+from ..locking import lock_folder, unlock_folder
+from ..settings import NOT_OF_THE_RUN
 from .options import CollectionOptions, DataOptions, EncodeOptions, ModelOptions, PoolOptions, RowOptions
 
 
@@ -27,17 +29,6 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 KEY_FILE = "run_key.json"
-
-# Locks on the output folders of this process's runs.
-_LOCKS: dict[Path, Any] = {}
-
-# Settings that may change between the first start of a run and a later one without making it another run.
-_NOT_OF_THE_RUN = frozenset(
-    "output_dir cache_dir report_to run_name logging_steps logging_strategy logging_first_step disable_tqdm log_level "
-    "log_level_replica dataloader_num_workers dataloader_prefetch_factor dataloader_pin_memory plan_only push_to_hub "
-    "hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision resume_from_checkpoint "
-    "local_rank parallelism_config accelerator_config logging_dir trackio_space_id".split()
-)
 
 
 @dataclass
@@ -86,7 +77,7 @@ def settings_of(*options: Any, **facts: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for option in options:
         fields = option.to_dict() if hasattr(option, "to_dict") else asdict(option) if is_dataclass(option) else option
-        settings.update({name: value for name, value in fields.items() if name not in _NOT_OF_THE_RUN})
+        settings.update({name: value for name, value in fields.items() if name not in NOT_OF_THE_RUN})
     return json.loads(json.dumps(without_secrets({**settings, **facts}), default=str, sort_keys=True))
 
 
@@ -99,53 +90,72 @@ def claim_output(folder: str | Path, settings: Mapping[str, Any]) -> Path:
     """
     folder = Path(folder)
     if is_main_process():
-        _claim(folder, settings)
-        _lock(folder)
+        key = folder / KEY_FILE
+        if not key.is_file() and folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+            raise InputError(
+                "is not empty and holds no run of this command",
+                where=str(folder),
+                cure="Choose another --output_dir, or remove that folder",
+            )
+        # First the lock, then the key: of two runs that start at once only one may write it.
+        lock_folder(folder)
+        try:
+            _claim(folder, settings)
+        except InputError:
+            unlock_folder(folder)
+            raise
     wait_for_everyone()
     return folder
 
 
-def _lock(folder: Path) -> None:
-    from filelock import FileLock, Timeout
-
-    lock = _LOCKS.setdefault(folder.resolve(), FileLock(folder / ".lock"))
-    try:
-        lock.acquire(timeout=0)  # the system lets go of it when the process ends, however it ends
-    except Timeout:
-        raise InputError(
-            "another process is working on this run",
-            where=str(folder),
-            cure="Wait for it to end, or choose another --output_dir",
-        ) from None
-    except (OSError, NotImplementedError) as error:
-        logger.info("%s cannot be locked (%s): start no second process in it.", folder, error)
+# What a run was begun with, in words; `data_fingerprint` says so part by part.
+_INPUTS = {
+    "rows_fingerprint": "the training rows",
+    "start_weights": "the weights to start from",
+    "student_weights": "the weights to start from",
+    "teacher_weights": "a teacher's weights",
+}
 
 
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     key = folder / KEY_FILE
-    if key.is_file():
-        theirs = read_json(key)
-        begun = any(entry != key and not entry.name.startswith(".") for entry in folder.iterdir())
-        differing = sorted(name for name in {*theirs, *settings} if theirs.get(name) != settings.get(name))
-        if differing and not begun:
-            write_json(key, settings)  # the other run ended before it left anything, at bad input for example
-        elif differing:
-            shown = "; ".join(f"{name}: {theirs.get(name)!r}, now {settings.get(name)!r}" for name in differing[:5])
-            raise InputError(
-                f"holds another run ({shown})",
-                where=str(folder),
-                cure="Choose another --output_dir, or remove that folder",
-            )
-        elif begun:
+    if not key.is_file():
+        write_json(key, settings)
+        return
+    theirs = read_json(key)
+    begun = any(entry != key and not entry.name.startswith(".") for entry in folder.iterdir())
+    differing = sorted(name for name in {*theirs, *settings} if theirs.get(name) != settings.get(name))
+    if not differing:
+        if begun:
             logger.info("%s holds this run already: going on where it stopped.", folder)
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif not begun:
+        write_json(key, settings)  # the other run ended before it left anything, at bad input for example
+    elif inputs := [what for name in differing for what in _changed_inputs(name, theirs, settings)]:
         raise InputError(
-            "is not empty and holds no run of this command",
+            f"holds a run that was begun with other data: {', '.join(inputs)} changed since",
+            where=str(folder),
+            cure="Bring back what it was, choose another --output_dir, or remove that folder to start anew",
+        )
+    else:
+        shown = "; ".join(f"{name}: {theirs.get(name)!r}, now {settings.get(name)!r}" for name in differing[:5])
+        raise InputError(
+            f"holds another run ({shown})",
             where=str(folder),
             cure="Choose another --output_dir, or remove that folder",
         )
-    else:
-        write_json(key, settings)
+
+
+def _changed_inputs(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """What differs in a setting that stands for content, in words; nothing for other settings.
+
+    A run of other data by name (another `--data`, another teacher) is another run, and is told as that.
+    """
+    if any(theirs.get(option) != ours.get(option) for option in ("data", "rows", "model", "teacher", "student")):
+        return []
+    before, now = theirs.get(name), ours.get(name)
+    if name == "data_fingerprint" and isinstance(before, Mapping) and isinstance(now, Mapping):
+        return [f"the {part}" for part in sorted({*before, *now}) if before.get(part) != now.get(part)]
+    return [_INPUTS[name]] if name in _INPUTS else []
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
@@ -181,11 +191,16 @@ def wait_for_everyone() -> None:
     PartialState().wait_for_everyone()
 
 
-def finish_training(trainer: BaseTrainer) -> None:
-    """Trains to the end, from the last complete checkpoint if there is one, and saves the native model."""
+def finish_training(trainer: BaseTrainer) -> RetrievalModel:
+    """Trains to the end, from the last complete checkpoint if there is one, and saves the native model.
+
+    Returns:
+        The trained model, whole also where an engine has divided its weights over processes.
+    """
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
     trainer.save_model()
     trainer.write_history()
+    return trainer.whole_model()
 
 
 def encode_settings(options: EncodeOptions, data: CollectionOptions) -> dict[str, Any]:
@@ -255,6 +270,11 @@ def named_rows(data: Data, name: str) -> RowSet:
     )
 
 
+def rows_fingerprint(data: Data, options: RowOptions) -> str | None:
+    """Identifies the content of the row set that was named; None where rows are mined from the data."""
+    return None if options.rows is None else named_rows(data, options.rows).fingerprint
+
+
 def parse_window(text: str | None, depth: int) -> tuple[int, int]:
     """`"1,200"` as first and last rank; None is everything that is retrieved.
 
@@ -322,7 +342,7 @@ def check_training(
     check_batch(number if row_options.max_queries is None else min(number, row_options.max_queries), args)
     read_sources(args)
     if args.losses is not None:
-        check_terms(read_losses(args.losses), ranks_pairs=ranks_pairs, teachers=teachers or {})
+        check_terms(read_losses(args.losses), representation=model.representation, teachers=teachers or {})
     for measure in args.eval_measures.split(","):
         parse_measure(measure)
     if index != "Flat" and not ranks_pairs:

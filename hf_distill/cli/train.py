@@ -37,6 +37,7 @@ def run(
         model=(options.model, "what to start from, a Hub id or folder"),
         output_dir=(args.output_dir, "where the model goes"),
     )
+    from ..distributed import engine_of
     from ..trainers import RetrievalTrainer
     from . import steps
     from .reporting import Report
@@ -52,7 +53,9 @@ def run(
         encode_options,
         args,
         processes=args.world_size,
-        data_fingerprint=data.collection.fingerprint,
+        engine=engine_of(args),
+        data_fingerprint=data.collection.fingerprints,
+        rows_fingerprint=steps.rows_fingerprint(data, row_options),
         start_weights=model.weights_fingerprint(),
     )
     folder = steps.claim_output(args.output_dir, settings)
@@ -65,7 +68,7 @@ def run(
     report.model("before", model)
     evaluation = steps.evaluation_for(data, args, model)
     trainer = RetrievalTrainer(model, args, rows=rows, evaluation=evaluation)
-    steps.finish_training(trainer)
+    model = steps.finish_training(trainer)
     report.model("trained", model)
     report.finish(
         trainer,
