@@ -86,6 +86,8 @@ class Distillation:
             index=encode_options.index,
             teachers={spec.name: spec for spec in self.teachers},
         )
+        if row_options.streaming and options.teacher_mode == "cached":
+            self._check_streamed_teachers()
         settings = steps.settings_of(
             data_options,
             options,
@@ -121,6 +123,16 @@ class Distillation:
             return TeacherSpec(name, origin, column=origin.removeprefix("column:"))
         revision = self.options.teacher_revision if number == 0 else None
         return TeacherSpec(name, origin, load_model(origin, revision=revision))
+
+    def _check_streamed_teachers(self) -> None:
+        for spec in self.teachers:
+            if spec.is_ranker:
+                raise InputError(
+                    f"the scores of {spec.origin} cannot be added to rows that are streamed",
+                    where="--streaming",
+                    cure="Score the row set first (hf-distill score) and give --teacher column:scores, or let the "
+                    "teacher read every batch with --teacher_mode live",
+                )
 
     def _open_student(self, overrides: dict[str, Any]) -> RetrievalModel:
         from transformers import set_seed
@@ -178,7 +190,7 @@ class Distillation:
         collection, args = self.data.collection, self.args
         passages, queries = len(collection.corpus), len(collection.queries)
         if self.row_options.rows is not None:
-            rows = len(self.steps.named_rows(self.data, self.row_options.rows))
+            rows = len(self.steps.wanted_rows(self.data, self.row_options, self.args.seed))
         else:
             rows = len(collection.qrels[self.data.train].query_positions())
         rows = min(rows, self.row_options.max_queries or rows)
@@ -250,8 +262,7 @@ class Distillation:
     def rows(self) -> RowSet:
         """The training rows, mined if need be, with the cached scores of cross-encoder teachers."""
         if self.row_source is None:
-            rows = self.steps.named_rows(self.data, self.row_options.rows)
-            rows = self.steps.sample_rows(rows, self.row_options.max_queries, self.args.seed)
+            rows = self.steps.wanted_rows(self.data, self.row_options, self.args.seed)
         else:
             rows = self.steps.mined_rows(
                 self.row_source,
@@ -382,7 +393,7 @@ class Distillation:
         self.report.model("student_before", self.student)
         start = copy.deepcopy(self.student) if self.options.baseline else None
         trainer = self.train(rows, teachers)
-        if start is not None and rows.num_positives.any():
+        if start is not None and rows.has_positives:
             self.report.model("student_no_teacher", self.train_without_teacher(rows, start))
         self.report.model("student", self.student)
         self.report.finish(

@@ -61,7 +61,14 @@ class RowOptions(PoolOptions):
     """The training rows, and how to make them where there are none."""
 
     rows: str | None = _option(
-        None, "A row set: a name in the collection, or a folder. Default: mined now, as the options here say."
+        None,
+        "A row set: a name in the collection, a folder, a file, or a Hub id (id:NAME where it holds several). "
+        "Default: mined now, as the options here say.",
+    )
+    rows_revision: str | None = _option(None, "Branch, tag or commit of a row set on the Hub.")
+    streaming: bool = _option(
+        False,
+        "Read the row set from its parquet or JSON lines files while training, here or on the Hub, without a copy.",
     )
     mine_with: str = _option(
         "auto",

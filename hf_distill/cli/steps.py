@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..console import get_logger, is_main_process
-from ..data import Collection, RowSet, Run, load_collection
+from ..data import Collection, RowSet, Run, StreamedRows, load_collection, open_row_set
 from ..errors import InputError
 from ..files import read_json, write_json
 from ..hub.manifest import without_secrets
@@ -30,6 +31,9 @@ logger = get_logger(__name__)
 
 KEY_FILE = "run_key.json"
 
+# A row set on the Hub, as an option names it: user/repository, and perhaps :name.
+HUB_ROWS = re.compile(r"^[\w.\-]+/[\w.\-]+(:[^:/]+)?$")
+
 
 @dataclass
 class Data:
@@ -40,6 +44,7 @@ class Data:
     eval: str | None
     test: str | None
     cache_dir: str | None = None
+    opened_rows: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def open(cls, options: CollectionOptions) -> Data:
@@ -194,13 +199,26 @@ def wait_for_everyone() -> None:
 def finish_training(trainer: BaseTrainer) -> RetrievalModel:
     """Trains to the end, from the last complete checkpoint if there is one, and saves the native model.
 
+    Without a checkpoint in the output folder, `--resume_from_checkpoint` names where to go on.
+
     Returns:
         The trained model, whole also where an engine has divided its weights over processes.
     """
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
-    trainer.save_model()
+    checkpoint = last_complete_checkpoint(trainer.args.output_dir) or trainer.args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(_internal_call=True)  # pushed when card and figures lie beside it
     trainer.write_history()
     return trainer.whole_model()
+
+
+def publish(trainer: BaseTrainer) -> None:
+    """Pushes a finished run if that was asked for; all processes must call this.
+
+    Raises:
+        HubError: If the Hub does not take it. The run is complete in its folder.
+    """
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
 
 
 def encode_settings(options: EncodeOptions, data: CollectionOptions) -> dict[str, Any]:
@@ -256,23 +274,52 @@ def open_model(name: str, kind: str | None, revision: str | None, options: Model
     return archetype.from_pretrained(name, revision=revision, **model_overrides(options, kind == "cross_encoder"))
 
 
-def named_rows(data: Data, name: str) -> RowSet:
-    """A row set by its name in the collection or by its folder."""
-    if name in data.collection.row_sets:
-        return data.collection.rows(name)
-    if Path(name).is_dir():
-        return RowSet.load(name, data.collection.queries, data.collection.corpus, cache_dir=data.cache_dir)
-    raise InputError(
-        f"there is no row set {name!r}",
-        where="--rows",
-        cure=f"Give a folder, or one of: {', '.join(data.collection.row_sets) or '(the collection has none)'}; "
-        "hf-distill mine makes one",
-    )
+def named_rows(data: Data, name: str, revision: str | None = None, streaming: bool = False) -> RowSet | StreamedRows:
+    """A row set by its name in the collection, its folder or file, or its Hub id."""
+    collection = data.collection
+    if name in collection.row_sets:
+        return collection.stream(name) if streaming else collection.rows(name)
+    if not Path(name).exists() and not HUB_ROWS.match(name):
+        raise InputError(
+            f"there is no row set {name!r}",
+            where="--rows",
+            cure=f"Give a folder, a Hub id such as user/rows, or one of: "
+            f"{', '.join(collection.row_sets) or '(the collection has none)'}; hf-distill mine makes one",
+        )
+    source, _, config = (name, "", "") if Path(name).exists() else name.partition(":")
+    opened = open_row_set(source, config or None, revision=revision, cache_dir=data.cache_dir)
+    kind = StreamedRows if streaming else RowSet
+    return kind.from_source(*opened, collection.queries, collection.corpus, cache_dir=data.cache_dir)
+
+
+def wanted_rows(data: Data, options: RowOptions, seed: int) -> RowSet | StreamedRows:
+    """The row set that was named, opened once; a sample of it where that was asked for."""
+    key = (options.rows, options.rows_revision, options.streaming)
+    if key not in data.opened_rows:
+        data.opened_rows[key] = named_rows(data, *key)
+    rows = data.opened_rows[key]
+    return rows if options.streaming else sample_rows(rows, options.max_queries, seed)
+
+
+def check_streaming(options: RowOptions) -> None:
+    """Raises [`InputError`] for wishes that streamed rows cannot meet."""
+    if options.streaming and options.rows is None:
+        raise InputError(
+            "rows are streamed from a row set, and none is named",
+            where="--streaming",
+            cure="Name one with --rows, or leave --streaming out: the rows are then mined",
+        )
+    if options.streaming and options.max_queries is not None:
+        raise InputError(
+            "no sample can be drawn from rows that are streamed",
+            where="--max_queries",
+            cure="Limit the training with --max_steps, or leave --streaming out",
+        )
 
 
 def rows_fingerprint(data: Data, options: RowOptions) -> str | None:
     """Identifies the content of the row set that was named; None where rows are mined from the data."""
-    return None if options.rows is None else named_rows(data, options.rows).fingerprint
+    return None if options.rows is None else wanted_rows(data, replace(options, max_queries=None), 0).fingerprint
 
 
 def parse_window(text: str | None, depth: int) -> tuple[int, int]:
@@ -335,8 +382,9 @@ def check_training(
 
     ranks_pairs = isinstance(model, CrossEncoderRanker)
     mining_options(row_options, args.seed)
+    check_streaming(row_options)
     if row_options.rows is not None:
-        number = len(named_rows(data, row_options.rows))
+        number = len(wanted_rows(data, row_options, args.seed))
     else:
         number = len(data.collection.split(data.train).query_positions())
     check_batch(number if row_options.max_queries is None else min(number, row_options.max_queries), args)

@@ -38,7 +38,7 @@ def run(
         output_dir=(args.output_dir, "where the model goes"),
     )
     from ..distributed import engine_of
-    from ..trainers import RetrievalTrainer
+    from ..trainers import About, RetrievalTrainer
     from . import steps
     from .reporting import Report
 
@@ -68,16 +68,19 @@ def run(
     report.model("before", model)
     evaluation = steps.evaluation_for(data, args, model)
     trainer = RetrievalTrainer(model, args, rows=rows, evaluation=evaluation)
+    summary = f"`{options.model}`, trained on *{data.collection.name}*."
+    trainer.about = About(summary, [options.model], [data.collection.source])
     model = steps.finish_training(trainer)
     report.model("trained", model)
     report.finish(
         trainer,
         rows,
         system="trained",
-        summary=f"`{options.model}`, trained on *{data.collection.name}*.",
+        summary=summary,
         settings=settings,
         base_models=[options.model],
     )
+    steps.publish(trainer)
 
 
 def _rows(
@@ -87,7 +90,7 @@ def _rows(
     from . import steps
 
     if options.rows is not None:
-        return steps.sample_rows(steps.named_rows(data, options.rows), options.max_queries, seed)
+        return steps.wanted_rows(data, options, seed)
     if options.mine_with == "teacher":
         raise InputError("there is no teacher here", where="--mine_with", cure="Choose bm25, student or a model id")
     source: Any = options.mine_with

@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = attach(
         "tables": ["Corpus", "DEFAULT_TEMPLATE", "Queries", "TextTable", "render_passage"],
         "qrels": ["PositiveIndex", "Qrels"],
         "run": ["Run", "load_trec", "load_trec_qrels", "write_trec_qrels"],
-        "collection": ["Collection", "load_collection"],
+        "collection": ["Collection", "load_collection", "open_row_set"],
         "export": ["add_row_set", "save_collection"],
         "rows": ["RowSet"],
         "streaming": ["StreamSampler", "StreamedRows", "StreamedTrainingRows"],

@@ -21,10 +21,12 @@ from hf_distill.data.tables import CACHE_VERSION, Corpus, Queries, TextTable
 from hf_distill.data.values import find_column, id_array, integer_array
 from hf_distill.errors import InputError
 from hf_distill.files import cache_folder, fingerprint, read_json, write_json
+from hf_distill.provenance import note_source
 
 
 if TYPE_CHECKING:
     from hf_distill.data.rows import RowSet
+    from hf_distill.data.streaming import StreamedRows
 
 logger = get_logger(__name__)
 
@@ -79,13 +81,56 @@ class Collection:
         """The row set `name` of the same folder or repository."""
         from hf_distill.data.rows import RowSet
 
+        return RowSet.from_source(self._source_of(name), name, self.queries, self.corpus, cache_dir=self._cache_dir)
+
+    def stream(self, name: str) -> StreamedRows:
+        """The same row set, read while it is used."""
+        from hf_distill.data.streaming import StreamedRows
+
+        opened = self._source_of(name)
+        return StreamedRows.from_source(opened, name, self.queries, self.corpus, cache_dir=self._cache_dir)
+
+    def _source_of(self, name: str) -> LocalSource | HubSource:
         if self._opened is None or name not in self._opened.configs() or name in RESERVED_CONFIGS:
             raise InputError(
                 f"no row set {name!r}",
                 where=self.source,
                 cure=f"Its row sets are: {', '.join(self.row_sets) or 'none'}",
             )
-        return RowSet.from_source(self._opened, name, self.queries, self.corpus, cache_dir=self._cache_dir)
+        return self._opened
+
+
+def open_row_set(
+    source: str | os.PathLike,
+    config: str | None = None,
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> tuple[LocalSource | HubSource, str]:
+    """Where a row set lies, and its name there.
+
+    Args:
+        source: The folder of a row set, a file of rows, or a repository on the Hub.
+        config: The row set's name, where `source` holds several.
+        revision: Branch, tag or commit on the Hub.
+        cache_dir: Instead of the default cache folder.
+
+    Raises:
+        InputError: No such source, no row set in it, or several.
+    """
+    path = Path(source)
+    if config is None and path.exists():
+        path = path.resolve() if path.name in ("", "..") else path
+        opened: LocalSource | HubSource = LocalSource(path.parent, cache_dir, only=path.name)
+    else:
+        opened = open_source(source, revision, cache_dir)
+    there = [name for name in opened.configs() if name not in RESERVED_CONFIGS]
+    names = [name for name in there if config in (None, name)]
+    if len(names) != 1:
+        problem = f"no row set {config!r}" if config else "several row sets" if names else "no file to read"
+        cure = f"Name one of: {', '.join(there)}" if there else "A row set lies in .parquet or .jsonl files"
+        raise InputError(problem, where=opened.where, cure=cure)
+    return opened, names[0]
 
 
 def load_collection(
@@ -143,7 +188,7 @@ def load_collection(
         raise InputError("no judgements", where=opened.where, cure="Add qrels/<split>.tsv, or leave splits out")
     _check_positives(queries, qrels, all_splits=splits is None, require=require_positives, where=opened.where)
     used = {corpus_config, queries_config, qrels_config if judged is opened else None, *RESERVED_CONFIGS}
-    return Collection(
+    collection = Collection(
         name=name or opened.name,
         queries=queries,
         corpus=corpus,
@@ -154,6 +199,8 @@ def load_collection(
         _opened=opened,
         _cache_dir=cache_dir,
     )
+    note_source("data", opened.where, lambda: {"fingerprints": collection.fingerprints}, opened.revision)
+    return collection
 
 
 def _config(opened: LocalSource | HubSource, names: Sequence[str]) -> str:
@@ -193,17 +240,18 @@ def _is_row_set(opened: LocalSource | HubSource, config: str) -> bool:
 
 def _qrels_config(opened, revision: str | None) -> tuple[LocalSource | HubSource, str | None]:
     for name in schema.QRELS_CONFIGS:
-        if name in opened.configs() and (name == schema.QRELS or _judges(opened.columns(name))):
+        if name in opened.configs() and (name == schema.QRELS or judges(opened.columns(name))):
             return opened, name
     if isinstance(opened, HubSource) and opened.repo.lower().startswith("beir/"):
         judged = HubSource(f"{opened.repo}-qrels", None)
         for name in judged.configs():
-            if _judges(judged.columns(name)):
+            if judges(judged.columns(name)):
                 return judged, name
     return opened, None
 
 
-def _judges(columns: Sequence[str]) -> bool:
+def judges(columns: Sequence[str]) -> bool:
+    """Whether columns of these names are judgements."""
     wanted = (schema.QRELS_QUERY_NAMES, schema.QRELS_DOCUMENT_NAMES, schema.RELEVANCE_NAMES)
     return all(any(name in columns for name in names) for names in wanted)
 

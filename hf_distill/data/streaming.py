@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import chain, islice, repeat
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,12 +26,12 @@ import torch
 
 from hf_distill.console import get_logger
 from hf_distill.data import schema
-from hf_distill.data.collection import RESERVED_CONFIGS
+from hf_distill.data.collection import open_row_set
 from hf_distill.data.negatives import BUFFER_STREAM, ORDER_STREAM, Example, TrainingRows, random_stream
 from hf_distill.data.readers import Block
 from hf_distill.data.rows import RowSet, in_memory
 from hf_distill.data.rows_io import RowReader, foreign_sides
-from hf_distill.data.sources import HubSource, LocalSource, SourceFile, open_source
+from hf_distill.data.sources import HubSource, LocalSource, SourceFile
 from hf_distill.data.stream_files import RowFile, Unit, open_row_file
 from hf_distill.data.tables import Corpus, Queries
 from hf_distill.data.values import find_column
@@ -120,22 +119,8 @@ class StreamedRows:
         Raises:
             InputError: No such source, no or several row sets in it, files that cannot be streamed.
         """
-        path = Path(source)
-        if config is None and path.exists():
-            path = path.resolve() if path.name in ("", "..") else path
-            opened: LocalSource | HubSource = LocalSource(path.parent, cache_dir, only=path.name)
-        else:
-            opened = open_source(source, revision, cache_dir)
-        names = [name for name in opened.configs() if config in (None, name) and name not in RESERVED_CONFIGS]
-        if len(names) != 1:
-            raise InputError(
-                f"no row set {config!r}" if config else "several row sets" if names else "no row set",
-                where=opened.where,
-                cure=f"Name one of: {', '.join(name for name in opened.configs() if name not in RESERVED_CONFIGS)}"
-                if opened.configs()
-                else "A row set lies in .parquet or .jsonl files",
-            )
-        return cls.from_source(opened, names[0], queries, corpus, cache_dir=cache_dir)
+        opened, name = open_row_set(source, config, revision=revision, cache_dir=cache_dir)
+        return cls.from_source(opened, name, queries, corpus, cache_dir=cache_dir)
 
     @classmethod
     def from_source(
