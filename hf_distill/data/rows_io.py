@@ -14,7 +14,9 @@ from hf_distill.console import get_logger
 from hf_distill.data import schema
 from hf_distill.data.arrow import BLOCK_ROWS
 from hf_distill.data.lists import list_offsets
+from hf_distill.data.notes import Notes
 from hf_distill.data.readers import Block
+from hf_distill.data.row_columns import standard_rows
 from hf_distill.data.tables import Corpus, Queries
 from hf_distill.data.values import find_column, id_array, integer_array
 from hf_distill.errors import InputError
@@ -61,29 +63,26 @@ class RowReader:
             yield self._table(block)
 
     def _table(self, block: Block) -> pa.Table:
-        query_column = find_column(block, schema.QUERY_ID_NAMES)
-        query_ids = id_array(block, query_column)
+        notes = Notes()
+        block = standard_rows(block, notes)
+        notes.log(self.where)
+        if schema.NUM_POSITIVES not in block.columns and block.first == 1:
+            logger.warning("%s: no column 'num_positives'; its rows count as unlabelled", self.where)
+        stored = id_rows(block)
+        query_ids = stored.column(schema.QUERY_ID).combine_chunks()
         query = self.queries.positions(query_ids)
         if (query < 0).any():
             row = int(np.argmax(query < 0))
-            raise self._unknown(block, row, query_column, query_ids[row].as_py(), self.queries, "queries")
-        documents = self._documents(block, find_column(block, (schema.DOCUMENT_IDS,)))
-        if schema.NUM_POSITIVES in block.columns:
-            positives = integer_array(block, schema.NUM_POSITIVES)
-        else:
-            if block.first == 1:
-                logger.warning("%s: no column 'num_positives'; its rows count as unlabelled", self.where)
-            positives = np.zeros(len(block), dtype=np.int64)
-        names = [name for name in block.columns if schema.per_document_type(name) is not None]
-        columns = [_list_column(block, name, schema.per_document_type(name)) for name in names]
+            name = find_column(block, schema.QUERY_ID_NAMES)
+            raise self._unknown(block, row, name, query_ids[row].as_py(), self.queries, "queries")
+        documents = self._documents(block, stored.column(schema.DOCUMENT_IDS).combine_chunks())
         table = pa.Table.from_arrays(
-            [pa.array(query), documents, pa.array(positives), *columns],
-            schema=schema.rows_schema(names, positions=True),
+            [pa.array(query), documents, *stored.columns[2:]],
+            schema=schema.rows_schema(stored.column_names[3:], positions=True),
         )
         return clean_rows(table, block.place)
 
-    def _documents(self, block: Block, name: str) -> pa.Array:
-        lists = _list_column(block, name, pa.string())
+    def _documents(self, block: Block, lists: pa.Array) -> pa.Array:
         flat = lists.flatten()
         # Mined candidates repeat within a block: each distinct one is looked up once.
         encoded = flat.dictionary_encode()
@@ -91,6 +90,7 @@ class RowReader:
         if (positions < 0).any():
             index = int(np.argmax(positions < 0))
             row = int(np.searchsorted(list_offsets(lists), index, side="right")) - 1
+            name = schema.DOCUMENT_IDS
             raise self._unknown(block, row, name, flat[index].as_py(), self.corpus, "corpus")
         return pa.ListArray.from_arrays(pa.array(list_offsets(lists), pa.int32()), pa.array(positions))
 
@@ -101,6 +101,25 @@ class RowReader:
             where=f"{block.place(row)}, field {name!r}",
             cure="Load the row set with the collection that it was made for",
         )
+
+
+def id_rows(block: Block) -> pa.Table:
+    """The rows of a block in the stored form: strings for identifiers, `num_positives` 0 where it is not given.
+
+    Raises:
+        InputError: Missing columns, empty identifiers, values that are no lists.
+    """
+    query = id_array(block, find_column(block, schema.QUERY_ID_NAMES))
+    documents = _list_column(block, find_column(block, (schema.DOCUMENT_IDS,)), pa.string())
+    if schema.NUM_POSITIVES in block.columns:
+        positives = integer_array(block, schema.NUM_POSITIVES)
+    else:
+        positives = np.zeros(len(block), dtype=np.int64)
+    names = [name for name in block.columns if schema.per_document_type(name) is not None]
+    columns = [_list_column(block, name, schema.per_document_type(name)) for name in names]
+    return pa.Table.from_arrays(
+        [query, documents, pa.array(positives), *columns], schema=schema.rows_schema(names, positions=False)
+    )
 
 
 def clean_rows(table: pa.Table, place: Callable[[int], str]) -> pa.Table:

@@ -103,7 +103,7 @@ class TextTable:
         for start in range(0, len(records), BLOCK_ROWS):
             part = records[start : start + BLOCK_ROWS]
             block = Block({name: [record.get(name) for record in part] for name in names}, where, start + 1, "row")
-            tables.append(cls._clean(block))
+            tables.append(cls.clean(block))
         return cls.from_arrow(pa.concat_tables(tables), where=where)
 
     @classmethod
@@ -146,7 +146,7 @@ class TextTable:
         def tables() -> Iterator[pa.Table]:
             nonlocal total
             for block in blocks:
-                table = cls._clean(block)
+                table = cls.clean(block)
                 content.update(table)
                 starts.append(total)
                 origins.append(block.origin())
@@ -164,7 +164,8 @@ class TextTable:
         write_json(folder / "info.json", {"rows": total, "fingerprint": content.hexdigest(), "source": where})
 
     @classmethod
-    def _clean(cls, block: Block) -> pa.Table:
+    def clean(cls, block: Block) -> pa.Table:
+        """The rows of a block as checked strings; `InputError` names the row of a value that is wrong."""
         if not len(block):
             return cls.arrow_schema.empty_table()
         columns = [id_array(block, find_column(block, cls.id_names))]

@@ -1,0 +1,485 @@
+"""Any format into a folder of our own layout: streamed, checked, resumable, and there only when it is complete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from hf_distill.console import get_logger, progress
+from hf_distill.data import schema
+from hf_distill.data.cards import config_entry, join_card
+from hf_distill.data.collection import RESERVED_CONFIGS, judges
+from hf_distill.data.formats.opening import Source
+from hf_distill.data.formats.seen import Seen, hashes_of
+from hf_distill.data.formats.source import FormatSource
+from hf_distill.data.notes import Notes
+from hf_distill.data.readers import Block
+from hf_distill.data.row_columns import is_row_block, standard_rows
+from hf_distill.data.rows_io import clean_rows, id_rows
+from hf_distill.data.tables import Corpus, Queries
+from hf_distill.data.values import find_column, id_array, integer_array
+from hf_distill.errors import InputError
+from hf_distill.files import atomic_path, fingerprint, read_json, write_json
+
+
+logger = get_logger(__name__)
+
+# Raised when the same input is written differently than before.
+_VERSION = 1
+
+# A file ends when it has so many rows or so much text; what a kill costs is at most one of them.
+_FILE_ROWS = 500_000
+_FILE_BYTES = 256 * 2**20
+
+MANIFEST = "conversion.json"
+
+_NOUNS = {schema.QUERIES: "queries", schema.CORPUS: "documents"}
+
+
+@dataclass
+class Part:
+    """One config, or one split of the judgements, on its way into files.
+
+    Attributes:
+        config: The folder that it becomes.
+        stem: How its files' names begin: the split for judgements.
+        role: `corpus`, `queries`, `qrels` or `rows`.
+        blocks: Reads it from the start; what is passed over goes to the notes.
+        key: Identifies its content.
+        rows: How many rows it has, once it is written.
+        columns: Its columns, once it is written.
+        notes: What was passed over.
+    """
+
+    config: str
+    stem: str
+    role: str
+    blocks: Callable[[Notes], Iterator[Block]]
+    key: Any
+    rows: int = 0
+    columns: list[str] = field(default_factory=list)
+    notes: Notes = field(default_factory=Notes)
+
+    @property
+    def label(self) -> str:
+        """`qrels/dev`, else the config."""
+        return f"{self.config}/{self.stem}" if self.role == schema.QRELS else self.config
+
+
+@dataclass
+class Conversion:
+    """What `convert` did.
+
+    Attributes:
+        folder: Where it lies.
+        parts: What it wrote, empty parts included.
+        resumed: Whether the work of an earlier run was used.
+    """
+
+    folder: Path
+    parts: list[Part]
+    resumed: bool
+
+
+def convert(
+    source: Source, output_dir: str | os.PathLike, *, unknown_ids: str = "error", name: str | None = None
+) -> Conversion:
+    """Writes a source in our own layout.
+
+    Nothing is kept in memory but one block of rows and 16 bytes for each identifier. Work goes on in a hidden folder
+    beside `output_dir`, file by file; killed at any moment, the same call goes on with the next file and leaves the
+    same bytes. The folder takes its name when it is complete.
+
+    Args:
+        source: What `open_inputs` returned.
+        output_dir: A new or empty folder, or one that the same conversion wrote.
+        unknown_ids: What to do with judgements and rows of queries or documents that are not there: `"error"`, or
+            `"drop"` them. Without queries or corpus in the source there is nothing to compare with.
+        name: The collection's name, by default the source's.
+
+    Raises:
+        InputError: Anything wrong with the input, with file, line and field; a folder that holds something else;
+            another conversion at work in the same place.
+    """
+    from filelock import FileLock, Timeout
+
+    if unknown_ids not in ("error", "drop"):
+        raise InputError(f"{unknown_ids!r} is not a choice", where="unknown_ids", cure="Use 'error' or 'drop'")
+    target = Path(output_dir).resolve()
+    parts = _parts(source)
+    key = fingerprint([_VERSION, [[part.config, part.stem, part.role, part.key] for part in parts], unknown_ids, name])
+    if (target / MANIFEST).exists() and read_json(target / MANIFEST).get("key") == key:
+        logger.info("%s is there already, made from the same input", target)
+        _recall(parts, read_json(target / MANIFEST)["parts"])
+        return Conversion(target, parts, resumed=True)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(
+            "the folder is not empty", where=str(target), cure="Name a new folder, or empty this one first"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(target.parent / f".{target.name}.converting.lock")
+    try:
+        with lock.acquire(timeout=0):
+            resumed = _work(source, parts, working_folder(target), target, key, unknown_ids == "drop", name)
+    except Timeout:
+        raise InputError(
+            "another conversion is writing this folder", where=str(target), cure="Wait for it, or name another folder"
+        ) from None
+    Path(lock.lock_file).unlink(missing_ok=True)
+    return Conversion(target, parts, resumed)
+
+
+def working_folder(output_dir: str | os.PathLike) -> Path:
+    """Where unfinished work on `output_dir` lies."""
+    target = Path(output_dir).resolve()
+    return target.parent / f".{target.name}.converting"
+
+
+def _work(source: Source, parts: list[Part], work: Path, target: Path, key: str, drop: bool, name: str | None) -> bool:
+    resumed = _prepare(work, key)
+    known: dict[str, Seen] = {}
+    for part in parts:
+        _write_part(part, work, known, drop)
+    if not any(part.rows for part in parts):
+        raise InputError("nothing in it to convert", where=source.where, cure="Check the files")
+    collection = name or source.name
+    (work / "README.md").write_text(_readme(parts, collection, source), encoding="utf-8")
+    facts = {part.label: {"rows": part.rows, "columns": part.columns, "notes": part.notes.counts} for part in parts}
+    write_json(
+        work / MANIFEST,
+        {"key": key, "source": source.where, "revision": source.revision, "unknown_ids_dropped": drop, "parts": facts},
+    )
+    for leftover in (".state", ".cache"):
+        shutil.rmtree(work / leftover, ignore_errors=True)
+    if target.exists():
+        target.rmdir()
+    os.replace(work, target)
+    return resumed
+
+
+def _prepare(work: Path, key: str) -> bool:
+    """Makes the working folder, or tidies up the one of an earlier run with the same key."""
+    started = work / ".state" / "key.json"
+    earlier = read_json(started)["key"] if started.exists() else None
+    if work.exists() and earlier != key:
+        if earlier is not None:
+            logger.warning("%s: unfinished work on other input or settings is removed", work)
+        for entry in work.iterdir():
+            # The cache is made again where it does not fit; it is keyed by what it holds.
+            if entry.name != ".cache":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    for stale in [path for path in work.rglob(".*.tmp")] if work.exists() else []:
+        shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink(missing_ok=True)
+    if earlier == key:
+        return True
+    started.parent.mkdir(parents=True, exist_ok=True)
+    write_json(started, {"key": key})
+    return False
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _parts(source: Source) -> list[Part]:
+    """What the source has, corpus and queries first, so that rows can be compared with them."""
+    configs = source.configs()
+    parts: list[Part] = []
+    for role, names in ((schema.CORPUS, schema.CORPUS_CONFIGS), (schema.QUERIES, schema.QUERIES_CONFIGS)):
+        config = next((name for name in names if name in configs), None)
+        if config is not None:
+            parts.append(_part(source, config, source.splits(config), role, role, role))
+    qrels = next(
+        (
+            name
+            for name in schema.QRELS_CONFIGS
+            if name in configs and (name == schema.QRELS or judges(source.columns(name)))
+        ),
+        None,
+    )
+    if qrels is not None:
+        parts += [_part(source, qrels, [split], schema.QRELS, split, schema.QRELS) for split in source.splits(qrels)]
+    for config in configs:
+        if config in RESERVED_CONFIGS or config == qrels:
+            continue
+        if isinstance(source, FormatSource) or is_row_block(source.columns(config)):
+            parts.append(_part(source, config, source.splits(config), config, "train", "rows"))
+        else:
+            logger.warning("%s: config %r is no row set and is left out", source.where, config)
+    if not parts:
+        raise InputError(
+            f"nothing to convert ({source.looked_for()})", where=source.where, cure="Say what the files are"
+        )
+    return parts
+
+
+def _part(source: Source, config: str, splits: Sequence[str], target: str, stem: str, role: str) -> Part:
+    def blocks(notes: Notes) -> Iterator[Block]:
+        for split in splits:
+            if isinstance(source, FormatSource):
+                yield from source.blocks(config, split, notes)
+            else:
+                for block in source.blocks(config, split):
+                    yield standard_rows(block, notes) if role == "rows" and len(block) else block
+
+    return Part(target, stem, role, blocks, [source.key(config, split) for split in splits])
+
+
+def _recall(parts: Iterable[Part], facts: dict[str, Any]) -> None:
+    for part in parts:
+        found = facts[part.label]
+        part.rows, part.columns, part.notes = found["rows"], found["columns"], Notes(found["notes"])
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _write_part(part: Part, work: Path, known: dict[str, Seen], drop: bool) -> None:
+    state = work / ".state" / f"{part.config}-{part.stem}.json"
+    folder = work / part.config
+    if state.exists():
+        _recall([part], {part.label: read_json(state)})
+        _remember(part, folder, known)
+        return
+    bar = progress(label=part.label, unit="row")
+    cleaner = _Cleaner(part, known, drop)
+    try:
+        part.rows = _write_files(cleaner.tables(), folder, part.stem, bar.update)
+    finally:
+        bar.close()
+    part.columns = cleaner.columns
+    if part.role in _NOUNS and not part.rows:
+        raise InputError(f"no {_NOUNS[part.role]} in it", where=cleaner.where, cure="Check the file")
+    if part.role == "rows" and part.rows:
+        write_json(
+            folder / "metadata.json",
+            {"made_by": "convert", "source": cleaner.where, "rows": part.rows, "columns": part.columns},
+        )
+    write_json(state, {"rows": part.rows, "columns": part.columns, "notes": part.notes.counts})
+
+
+def _write_files(tables: Iterator[pa.Table], folder: Path, stem: str, advance: Callable[[int], Any]) -> int:
+    """Writes tables as parquet files that are complete or absent; those that are there already stay."""
+    total, number = 0, 0
+    first = next(tables, None)
+    while first is not None:
+        limited = _Limited(first, tables)
+        path = folder / f"{stem}-{number:05d}.parquet"
+        if path.exists() or list(folder.glob(f"{stem}-{number:05d}-of-*.parquet")):
+            for table in limited:
+                advance(table.num_rows)
+        else:
+            _write_file(path, limited, advance)
+        total += limited.rows
+        number += 1
+        first = next(tables, None)
+    for shard in range(number):
+        path = folder / f"{stem}-{shard:05d}.parquet"
+        if path.exists():
+            os.replace(path, folder / f"{stem}-{shard:05d}-of-{number:05d}.parquet")
+    return total
+
+
+class _Limited:
+    """The tables of one file: `first`, and those that follow until it is full."""
+
+    def __init__(self, first: pa.Table, tables: Iterator[pa.Table]):
+        self.schema, self.rows, self._size = first.schema, 0, 0
+        self._tables = chain([first], tables)
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        while self.rows < _FILE_ROWS and self._size < _FILE_BYTES:
+            table = next(self._tables, None)
+            if table is None:
+                return
+            self.rows += table.num_rows
+            self._size += table.nbytes
+            yield table
+
+
+def _write_file(path: Path, tables: _Limited, advance: Callable[[int], Any]) -> None:
+    import pyarrow.parquet as pq
+
+    try:
+        with atomic_path(path) as temporary, pq.ParquetWriter(temporary, tables.schema) as writer:
+            for table in tables:
+                writer.write_table(table)
+                advance(table.num_rows)
+    except OSError as error:
+        raise InputError(
+            f"cannot be written ({error.strerror or error})",
+            where=str(path),
+            cure="Make room or choose another folder; finished files are kept, and the same command goes on from them",
+        ) from error
+
+
+def _remember(part: Part, folder: Path, known: dict[str, Seen]) -> None:
+    """Collects the identifiers of a part that was written before."""
+    if part.role not in _NOUNS:
+        return
+    import pyarrow.parquet as pq
+
+    seen = known.setdefault(part.role, Seen())
+    column = schema.DOCUMENT_ID if part.role == schema.CORPUS else schema.QUERY_ID
+    for path in sorted(folder.glob("*.parquet")):
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=[column]):
+                seen.add(hashes_of(batch.column(0)))
+
+
+class _Cleaner:
+    """Blocks of a part as checked tables of its schema."""
+
+    def __init__(self, part: Part, known: dict[str, Seen], drop: bool):
+        self.part, self.known, self.drop = part, known, drop
+        self.where = ""
+        self.columns: list[str] = []
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The tables; none is empty."""
+        make = {
+            schema.CORPUS: self._texts,
+            schema.QUERIES: self._texts,
+            schema.QRELS: self._judgements,
+            "rows": self._rows,
+        }[self.part.role]
+        for block in self.part.blocks(self.part.notes):
+            self.where = self.where or block.where
+            if len(block):
+                table = make(block)
+                if self.columns and table.column_names != self.columns:
+                    raise InputError(
+                        f"the columns {', '.join(table.column_names)} where the first rows have "
+                        f"{', '.join(self.columns)}",
+                        where=block.place(0),
+                        cure="All rows of a set need the same columns",
+                    )
+                self.columns = table.column_names
+                if table.num_rows:
+                    yield table
+
+    def _texts(self, block: Block) -> pa.Table:
+        kind = Corpus if self.part.role == schema.CORPUS else Queries
+        table = kind.clean(block)
+        fresh, _ = self.known.setdefault(self.part.role, Seen()).add(hashes_of(table.column(0)))
+        if not fresh.all():
+            row = int(np.argmin(fresh))
+            identifier = table.column(0)[row].as_py()
+            raise InputError(
+                f"the identifier {identifier!r} is used twice, also in {self._first_place(identifier, kind)}",
+                where=f"{block.place(row)}, field {kind.id_column!r}",
+                cure="Identifiers must be unique; rename or remove one of the two rows",
+            )
+        return table
+
+    def _first_place(self, identifier: str, kind: type[Corpus] | type[Queries]) -> str:
+        for block in self.part.blocks(Notes()):
+            if len(block):
+                ids = id_array(block, find_column(block, kind.id_names)).to_pylist()
+                if identifier in ids:
+                    return block.place(ids.index(identifier))
+        raise AssertionError("unreachable: the identifier was read before")
+
+    def _judgements(self, block: Block) -> pa.Table:
+        sides = [
+            (schema.QUERIES, id_array(block, find_column(block, schema.QRELS_QUERY_NAMES)), schema.QUERY_ID),
+            (schema.CORPUS, id_array(block, find_column(block, schema.QRELS_DOCUMENT_NAMES)), schema.DOCUMENT_ID),
+        ]
+        grades = pa.array(integer_array(block, find_column(block, schema.RELEVANCE_NAMES)))
+        keep = np.ones(len(block), dtype=bool)
+        for role, ids, column in sides:
+            found = self._known(role, ids)
+            self._unknown(role, ~found & keep, ids, block, column, block.place)
+            keep &= found
+        table = pa.Table.from_arrays([sides[0][1], sides[1][1], grades], schema=schema.QRELS_SCHEMA)
+        return table if keep.all() else table.filter(pa.array(keep))
+
+    def _rows(self, block: Block) -> pa.Table:
+        table = id_rows(block)
+        queries, documents = table.column(0).combine_chunks(), table.column(1).combine_chunks()
+        flat = documents.flatten()
+        owner = np.repeat(np.arange(len(documents)), np.asarray(documents.value_lengths()))
+        good = self._known(schema.QUERIES, queries)
+        self._unknown(schema.QUERIES, ~good, queries, block, schema.QUERY_ID, block.place)
+        found = self._known(schema.CORPUS, flat)
+        if not found.all():
+            place = lambda index: block.place(int(owner[index]))  # noqa: E731
+            self._unknown(schema.CORPUS, ~found & good[owner], flat, block, schema.DOCUMENT_IDS, place)
+            table = _without(table, found, owner)
+            good &= np.asarray(table.column(1).combine_chunks().value_lengths()) > 0
+        table = table if good.all() else table.filter(pa.array(good))
+        numbers = np.flatnonzero(good).tolist()
+        clean_rows(_coded(table), lambda row: block.place(numbers[row]))
+        return table
+
+    def _known(self, role: str, ids: pa.Array) -> np.ndarray:
+        if role not in self.known:
+            return np.ones(len(ids), dtype=bool)
+        # Candidates repeat within a block: each distinct one is looked up once.
+        encoded = ids.dictionary_encode()
+        return self.known[role].holds(hashes_of(encoded.dictionary))[encoded.indices.to_numpy()]
+
+    def _unknown(self, role: str, missing: np.ndarray, ids: pa.Array, block: Block, column: str, place) -> None:
+        if not missing.any():
+            return
+        index, noun = int(np.argmax(missing)), _NOUNS[role]
+        if not self.drop:
+            raise InputError(
+                f"{ids[index].as_py()!r} is not among the {len(self.known[role])} {noun}",
+                where=f"{place(index)}, field {column!r}",
+                cure="Add it there or remove the line; --unknown_ids drop passes over such identifiers",
+            )
+        what = "entries" if column == schema.DOCUMENT_IDS else "rows"
+        self.part.notes.add(f"{what} name unknown {noun} and were left out", int(missing.sum()), place(index))
+
+
+def _without(table: pa.Table, keep: np.ndarray, owner: np.ndarray) -> pa.Table:
+    """Rows with only the documents that are kept, and the number of positives among them."""
+    rows = table.num_rows
+    lengths = np.bincount(owner[keep], minlength=rows)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    starts = np.searchsorted(owner, np.arange(rows))
+    is_positive = np.arange(len(owner)) - starts[owner] < table.column(schema.NUM_POSITIVES).to_numpy()[owner]
+    columns = []
+    for name in table.column_names:
+        column = table.column(name).combine_chunks()
+        if name == schema.NUM_POSITIVES:
+            column = pa.array(np.bincount(owner[keep & is_positive], minlength=rows).astype(np.int64))
+        elif pa.types.is_list(column.type):
+            column = pa.ListArray.from_arrays(offsets, column.flatten().filter(pa.array(keep)))
+        columns.append(column)
+    return pa.Table.from_arrays(columns, schema=table.schema)
+
+
+def _coded(table: pa.Table) -> pa.Table:
+    """The rows with numbers for documents, which is what `clean_rows` compares."""
+    documents = table.column(schema.DOCUMENT_IDS).combine_chunks()
+    codes = documents.flatten().dictionary_encode().indices.cast(pa.int64())
+    offsets = np.concatenate([[0], np.cumsum(np.asarray(documents.value_lengths()))]).astype(np.int32)
+    coded = pa.ListArray.from_arrays(pa.array(offsets), codes)
+    return table.append_column(schema.DOCUMENTS, coded)
+
+
+def _readme(parts: Sequence[Part], collection: str, source: Source) -> str:
+    entries, lines = [], ["| part | rows |", "|---|---|"]
+    for config in dict.fromkeys(part.config for part in parts):
+        files = {}
+        for part in parts:
+            if part.config == config and part.rows:
+                split = part.stem if part.role in (schema.QRELS, "rows") else config
+                files[split] = f"{config}/{part.stem}-*.parquet"
+                lines.append(f"| {part.label} | {part.rows:,} |")
+        if files:
+            entries.append(config_entry(config, files))
+    left_out = [f"- {part.label}: {line}" for part in parts for line in part.notes.lines()]
+    origin = source.where + (f" at revision `{source.revision}`" if source.revision else "")
+    text = "\n".join([f"# {collection}", "", f"Converted from {origin}.", "", *lines, "", *left_out, ""])
+    header = {"task_categories": ["text-retrieval"], "collection_name": collection, "configs": entries}
+    return join_card(header, text.rstrip() + "\n")

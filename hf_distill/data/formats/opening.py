@@ -1,0 +1,214 @@
+"""From a folder, a file or a Hub id, in whatever format, to a source of configs."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_distill.console import get_logger
+from hf_distill.data import schema
+from hf_distill.data.formats.detect import ROLES, detect, named, refuse_pickle, scan
+from hf_distill.data.formats.kinds import COLUMNS, CORPUS
+from hf_distill.data.formats.pickles import PICKLES, is_pickle
+from hf_distill.data.formats.source import FormatSource, Input
+from hf_distill.data.sources import (
+    DATA_FILES,
+    HubSource,
+    LoadingScriptError,
+    LocalSource,
+    fetch_data_files,
+    is_hub_id,
+    open_source,
+    resolve_revision,
+)
+from hf_distill.errors import InputError
+
+
+logger = get_logger(__name__)
+
+AUTO, COLLECTION = "auto", "collection"
+FORMATS = (AUTO, COLLECTION, *ROLES)
+
+Source = LocalSource | HubSource | FormatSource
+
+_SPEC = re.compile(rf"({'|'.join(ROLES)})(?::([\w.\-]+))?=(.+)", re.DOTALL)
+
+
+def open_collection(
+    source: str | os.PathLike, revision: str | None = None, cache_dir: str | os.PathLike | None = None
+) -> Source:
+    """A collection of our own layout or BEIR's as it is, else what its files are found to be.
+
+    Repositories that are Python loading scripts are read through their data files; the script is never run.
+    """
+    text = os.fspath(source)
+    if not Path(text).is_dir() and (Path(text).exists() or not is_hub_id(text)):
+        return open_source(source, revision, cache_dir)
+    if not Path(text).exists():
+        return _open_hub(text, revision, cache_dir, allow_pickle=False)
+    local = open_source(source, revision, cache_dir)
+    return local if is_collection(local) else _scanned(Path(text), local, cache_dir) or local
+
+
+def open_inputs(
+    specs: Sequence[str],
+    *,
+    format: str = AUTO,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    allow_pickle: bool = False,
+    corpus_columns: Sequence[str] | None = None,
+) -> Source:
+    """What `hf-distill convert` is to read.
+
+    Args:
+        specs: Files, folders and Hub ids, each perhaps with what it is: `negatives=bm25.tsv`, `qrels:dev=judged.txt`.
+        format: What inputs are that do not say so: `"auto"`, `"collection"` or a format of single files.
+        revision: Branch, tag or commit on the Hub.
+        cache_dir: For titles, scores and rows that have to be put in order.
+        allow_pickle: Whether pickles may be read, by the restricted reader.
+        corpus_columns: The fields of a file of passages without a header, in order.
+
+    Raises:
+        InputError: Nothing there, or nothing that is recognised.
+    """
+    if format not in FORMATS:
+        raise InputError(f"{format!r} is no format", where="--format", cure=f"Choose one of: {', '.join(FORMATS)}")
+    if not specs:
+        raise InputError("nothing to convert", where="--input", cure="Name files, folders or a Hub id")
+    parsed = [_spec(spec) for spec in specs]
+    if len(parsed) == 1 and parsed[0][0] is None:
+        only = parsed[0][2]
+        if Path(only).is_dir() and format in (AUTO, COLLECTION):
+            local = LocalSource(only, cache_dir)
+            if format == COLLECTION or is_collection(local):
+                return local
+            found = _scanned(Path(only), local, cache_dir, allow_pickle)
+            if found is None:
+                raise InputError(f"no format is recognised ({local.looked_for()})", where=only, cure=_cure())
+            return found
+        if not Path(only).exists() and is_hub_id(only) and format in (AUTO, COLLECTION):
+            return _open_hub(only, revision, cache_dir, allow_pickle=allow_pickle)
+    inputs: list[Input] = []
+    for role, name, text in parsed:
+        role = role if role is not None or format == AUTO else format
+        inputs += _inputs(text, role, name, revision, allow_pickle, corpus_columns)
+    first = Path(inputs[0].path)
+    stem = first.parent if len(inputs) > 1 else first
+    return FormatSource(
+        inputs,
+        name=re.sub(r"\W+", "_", stem.resolve().name.split(".")[0]).strip("_") or "collection",
+        where=str(first if len(inputs) == 1 else os.path.commonpath([item.path.resolve() for item in inputs])),
+        cache_dir=cache_dir,
+        allow_pickle=allow_pickle,
+    )
+
+
+def open_rows(path: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> FormatSource:
+    """A file or folder that holds exactly one row set in a foreign format.
+
+    Raises:
+        InputError: A pickle, or not exactly one row set.
+    """
+    path = Path(path)
+    inputs = list(scan(path)) if path.is_dir() else _inputs(str(path), None, None, None, False, None)
+    source = FormatSource(inputs, path.name, str(path), cache_dir=cache_dir)
+    sets = [config for config in source.configs() if config not in (schema.CORPUS, schema.QUERIES, schema.QRELS)]
+    if len(sets) != 1:
+        for file in path.iterdir() if path.is_dir() else ():
+            if is_pickle(file):
+                raise refuse_pickle(file)
+        raise InputError(
+            f"{len(sets)} row sets where one is expected" if sets else "no file to read",
+            where=str(path),
+            cure="Name the file of one row set" if sets else "A row set lies in .parquet, .jsonl or .tsv files",
+        )
+    return source
+
+
+def is_collection(opened: LocalSource | HubSource) -> bool:
+    """Whether queries and a corpus are there under their names, with columns that can be read."""
+    for configs, names in (
+        (schema.CORPUS_CONFIGS, schema.DOCUMENT_ID_NAMES),
+        (schema.QUERIES_CONFIGS, schema.QUERY_ID_NAMES),
+    ):
+        found = next((name for name in configs if name in opened.configs()), None)
+        if found is None:
+            return False
+        # A file of tab-separated values without a header is none of ours.
+        if isinstance(opened, LocalSource) and opened.place(found).removesuffix(".gz").endswith(".tsv"):
+            if not set(opened.columns(found)) & set(names):
+                return False
+    return True
+
+
+def _open_hub(repo: str, revision: str | None, cache_dir, *, allow_pickle: bool) -> Source:
+    try:
+        hub: HubSource | None = HubSource(repo, revision)
+    except LoadingScriptError as error:
+        hub, refusal = None, error
+    if hub is not None and (is_collection(hub) or not _has_foreign_config(hub)):
+        return hub
+    commit = hub.revision if hub else resolve_revision(repo, revision)
+    folder = fetch_data_files(repo, commit, (*DATA_FILES, *PICKLES) if allow_pickle else DATA_FILES)
+    found: Source | None = None
+    if folder is not None:
+        local = LocalSource(folder, cache_dir)
+        found = local if is_collection(local) else _scanned(folder, local, cache_dir, allow_pickle)
+    if found is None:
+        if hub is not None:
+            return hub
+        raise refusal
+    found.name, found.where, found.revision = repo.split("/")[-1], repo, commit
+    logger.info("%s is read through its data files: %s", repo, found.looked_for())
+    return found
+
+
+def _has_foreign_config(hub: HubSource) -> bool:
+    # Columns are known without a download only where the card has them; one config says enough.
+    return hub.configs() == ["default"]
+
+
+def _scanned(folder: Path, local: LocalSource, cache_dir, allow_pickle: bool = False) -> FormatSource | None:
+    found = list(scan(folder, allow_pickle))
+    inputs = [item for item in found if item.kind != COLUMNS] or found
+    if not inputs:
+        return None
+    if len(inputs) < len(found):
+        left = ", ".join(item.path.name for item in found if item not in inputs)
+        logger.warning("%s: not read beside the others, because its rows hold texts: %s", folder, left)
+    return FormatSource(inputs, local.name, str(folder), cache_dir=cache_dir, allow_pickle=allow_pickle)
+
+
+def _spec(spec: str) -> tuple[str | None, str | None, str]:
+    match = None if Path(spec).exists() else _SPEC.fullmatch(spec)
+    return (None, None, spec) if match is None else match.groups()
+
+
+def _inputs(text, role, name, revision, allow_pickle: bool, corpus_columns) -> list[Input]:
+    path = Path(text)
+    if not path.exists():
+        if not is_hub_id(text):
+            raise InputError("no such file or folder", where=text, cure="Check the path")
+        path = fetch_data_files(text, revision)
+        if path is None:
+            raise InputError("the repository has no data files as text", where=text, cure=_cure())
+    if path.is_dir():
+        files = [item.path for item in scan(path, allow_pickle)]
+        if not files:
+            raise InputError("no format is recognised among its files", where=text, cure=_cure())
+        return [one for file in files for one in _inputs(str(file), role, name, None, allow_pickle, corpus_columns)]
+    if is_pickle(path) and not allow_pickle:
+        raise refuse_pickle(path)
+    if is_pickle(path):
+        role = None  # whether scores or negatives, its first entry says
+    found = detect(path, allow_pickle) if role is None else named(path, role)
+    if found is None:
+        raise InputError("it does not show what it is", where=str(path), cure=_cure())
+    return [named(path, found.kind, name or None, corpus_columns if found.kind == CORPUS else None)]
+
+
+def _cure() -> str:
+    return f"Say it, for example --input corpus=FILE queries=FILE; known are: {', '.join(ROLES)}"
