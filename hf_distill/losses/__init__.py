@@ -7,20 +7,25 @@ computed in float32 at least, also under autocast; the mean runs over queries un
 from __future__ import annotations
 
 from hf_distill.losses.calibration import CALIBRATIONS, calibrate, check_teacher_scores, fit_temperature
-from hf_distill.losses.combine import CANDIDATES, LOSSES, Loss, LossTerm, combine, parse_terms
+from hf_distill.losses.combine import ANCHOR, CANDIDATES, LOSSES, Loss, LossTerm, combine, parse_terms
 from hf_distill.losses.contrastive import contrastive_loss
 from hf_distill.losses.dkd import dkd_loss
 from hf_distill.losses.embedding_mse import embedding_mse_loss
 from hf_distill.losses.false_negatives import known_negatives_mask
 from hf_distill.losses.flops import flops_loss
+from hf_distill.losses.forgetting import lwf_loss
 from hf_distill.losses.kl import kl_loss
 from hf_distill.losses.layer_alignment import layer_alignment_loss
+from hf_distill.losses.logit_mse import logit_mse_loss
 from hf_distill.losses.margin_mse import margin_mse_loss
 from hf_distill.losses.maxsim import maxsim, own_maxsim
+from hf_distill.losses.probability import probability_loss
 from hf_distill.losses.rank_consistency import rank_consistency_loss
+from hf_distill.losses.several_teachers import mean_teacher
 
 
 __all__ = [
+    "ANCHOR",
     "CALIBRATIONS",
     "CANDIDATES",
     "LOSSES",
@@ -37,9 +42,13 @@ __all__ = [
     "kl_loss",
     "known_negatives_mask",
     "layer_alignment_loss",
+    "logit_mse_loss",
+    "lwf_loss",
     "margin_mse_loss",
     "maxsim",
     "own_maxsim",
+    "mean_teacher",
     "parse_terms",
+    "probability_loss",
     "rank_consistency_loss",
 ]

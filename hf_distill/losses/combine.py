@@ -17,16 +17,22 @@ from hf_distill.losses.calibration import CALIBRATIONS, calibrate
 from hf_distill.losses.contrastive import contrastive_loss
 from hf_distill.losses.dkd import dkd_loss
 from hf_distill.losses.embedding_mse import embedding_mse_loss
-from hf_distill.losses.flops import flops_loss
+from hf_distill.losses.flops import sparsity_loss
+from hf_distill.losses.forgetting import lwf_loss
 from hf_distill.losses.kl import kl_loss
 from hf_distill.losses.layer_alignment import layer_alignment_loss
+from hf_distill.losses.logit_mse import logit_mse_loss
 from hf_distill.losses.margin_mse import margin_mse_loss
+from hf_distill.losses.probability import probability_loss
 from hf_distill.losses.rank_consistency import rank_consistency_loss
+from hf_distill.losses.several_teachers import mean_teacher
 
 
 CANDIDATES = ("own", "in_batch", "global")
-_GIVEN = {"scores", "student_scores", "teacher_scores", "student", "teacher", "representations"}
-_GIVEN |= {"target", "mask", "reduce"}
+# The teacher of losses that hold the student near what it was when its training began.
+ANCHOR = "anchor"
+_GIVEN = {"scores", "student_scores", "teacher_scores", "anchor_scores", "student", "teacher", "representations"}
+_GIVEN |= {"target", "mask", "reduce", "query", "passage", "query_counts", "passage_counts"}
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,13 @@ class Loss:
 
     Args:
         function: The loss.
-        inputs: What it compares: `scores` [Q, C], `layer_scores` [K, Q, C], `embeddings` [T, D] or
-            `representations` [R, V].
+        inputs: What it compares: `scores` [Q, C], `layer_scores` [K, Q, C], `embeddings` [T, D] or the
+            `representations` [R, V] of lexical models.
         teacher: Whether it needs a teacher.
         target: Whether it is empty for queries without a known positive.
         candidates: The candidate sets that it can take, its default first.
         fewest: Queries with fewer candidates left by the mask are not part of its mean.
+        anchor: Whether its teacher is always the student as it was at the start.
     """
 
     function: Callable[..., Tensor]
@@ -49,6 +56,7 @@ class Loss:
     target: bool = False
     candidates: tuple[str, ...] = CANDIDATES
     fewest: int = 1
+    anchor: bool = False
 
     @property
     def options(self) -> list[str]:
@@ -59,12 +67,15 @@ class Loss:
 LOSSES: dict[str, Loss] = {
     "contrastive": Loss(contrastive_loss, teacher=False, target=True, candidates=("global", "in_batch", "own")),
     "kl": Loss(kl_loss),
+    "lwf": Loss(lwf_loss, anchor=True),
+    "logit_mse": Loss(logit_mse_loss),
+    "probability": Loss(probability_loss),
     "margin_mse": Loss(margin_mse_loss, fewest=2),
     "embedding_mse": Loss(embedding_mse_loss, inputs="embeddings", candidates=("own",)),
     "dkd": Loss(dkd_loss, target=True),
     "rank_consistency": Loss(rank_consistency_loss, candidates=("own",)),
     "layer_alignment": Loss(layer_alignment_loss, inputs="layer_scores"),
-    "flops": Loss(flops_loss, inputs="representations", teacher=False, candidates=("own",)),
+    "flops": Loss(sparsity_loss, inputs="representations", teacher=False, candidates=("own",)),
 }
 
 
@@ -78,10 +89,15 @@ class LossTerm:
         candidates: `own` (the row's passages), `in_batch` (all passages of the process) or `global` (of all
             processes); by default the usual set of the loss.
         teacher: Which teacher it follows: a column of scores or the name of a live teacher; None is the primary one.
+            Several names mean the mean of these teachers, see [`mean_teacher`].
+        learner: `student`, or `teacher` for the other way round: the contrastive loss of a teacher that is trained
+            along, or the divergence of the teacher from the student's ranking (KL(student || teacher)).
         calibration: How the teacher's scores are scaled first, see [`calibrate`].
         calibration_temperature: The divisor of the calibration `temperature`.
         calibrate_student: Scale the student's scores in the same way.
         mask_false_negatives: Leave known positives and repeated passages out of the candidates.
+        ramp_steps: The weight grows with the square of the step from 0 to its full size at this step (below 1: at
+            this share of all steps), as SPLADE's regulariser does; 0 for a constant weight.
         options: Further arguments of the loss, such as `temperature`.
 
     Raises:
@@ -91,11 +107,13 @@ class LossTerm:
     name: str
     weight: float = 1.0
     candidates: str | None = None
-    teacher: str | None = None
+    teacher: str | list[str] | None = None
+    learner: str = "student"
     calibration: str = "none"
     calibration_temperature: float = 1.0
     calibrate_student: bool = False
     mask_false_negatives: bool = True
+    ramp_steps: float = 0
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -118,7 +136,21 @@ class LossTerm:
                 where=where,
                 cure=f"Choose one of {', '.join(CALIBRATIONS)}",
             )
-        if not self.loss.teacher and (self.teacher is not None or self.calibration != "none"):
+        if self.loss.anchor:
+            if self.teacher not in (None, ANCHOR):
+                raise InputError("has the student's own start as its teacher", where=where, cure="Name no teacher")
+            self.teacher = ANCHOR
+        if isinstance(self.teacher, (list, tuple)):
+            self.teacher = list(self.teacher)
+            if not self.teacher or self.loss.inputs != "scores":
+                cure = "Name one teacher or more; several only for a loss on scores"
+                raise InputError(f"cannot follow the teachers {self.teacher!r}", where=where, cure=cure)
+        if self.learner not in ("student", "teacher"):
+            raise InputError(f"learner is {self.learner!r}", where=where, cure="Choose student or teacher")
+        if self.learner == "teacher" and (self.loss.inputs != "scores" or len(self.teachers) > 1):
+            cure = "Give one teacher, and a loss on scores"
+            raise InputError("cannot be turned round for a learning teacher", where=where, cure=cure)
+        if not self.needs_teacher and (self.teacher is not None or self.calibration != "none"):
             raise InputError("has no teacher to name or to calibrate", where=where, cure="Remove these settings")
         if self.calibration != "none" and "scores" not in self.loss.inputs:
             raise InputError(f"compares {self.loss.inputs}, which are not calibrated", where=where)
@@ -126,6 +158,10 @@ class LossTerm:
             value = self.options.get(option, 1.0) if option != "calibration_temperature" else getattr(self, option)
             if not _is_number(value) or value <= 0:
                 raise InputError(f"{option} is {value!r}", where=where, cure="Give a positive number")
+        if not _is_number(self.ramp_steps) or self.ramp_steps < 0:
+            raise InputError(f"ramp_steps is {self.ramp_steps!r}", where=where, cure="Give a number of at least 0")
+        if self.options.get("of", "both") not in ("both", "passage", "query"):
+            raise InputError(f"of is {self.options['of']!r}", where=where, cure="Choose both, passage or query")
         unknown = [option for option in self.options if option not in self.loss.options]
         if unknown:
             known = ", ".join(self.loss.options) or "none"
@@ -136,35 +172,64 @@ class LossTerm:
         """The registry's entry."""
         return LOSSES[self.name]
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher's scores enter it."""
+        return self.loss.teacher or self.learner == "teacher"
+
+    @property
+    def teachers(self) -> list[str | None]:
+        """The teachers that it follows; None stands for the primary one."""
+        return self.teacher if isinstance(self.teacher, list) else [self.teacher]
+
+    def weight_at(self, step: int, total: int) -> float:
+        """The weight at an optimiser step, counted from 0, of a training of `total` steps."""
+        ramp = self.ramp_steps * total if self.ramp_steps < 1 else self.ramp_steps
+        return self.weight * min(1.0, step / ramp) ** 2 if ramp else self.weight
+
     def __call__(
-        self, student_scores: Tensor, teacher_scores: Tensor | None, target: Tensor, mask: Tensor | None = None
+        self,
+        student_scores: Tensor,
+        teacher_scores: Tensor | Sequence[Tensor] | None,
+        target: Tensor,
+        mask: Tensor | None = None,
+        **given: Any,
     ) -> Tensor:
         """The unweighted loss on score matrices.
 
         Args:
             student_scores: Float[Q, C] (`layer_alignment`: [K, Q, C]).
-            teacher_scores: Of the same shape, before calibration; None for losses without a teacher.
+            teacher_scores: Of the same shape, before calibration; several for the mean of several teachers; None for
+                losses without a teacher.
             target: Long[Q], the positive's column or -1.
             mask: Bool[Q, C], True keeps a candidate.
+            given: Further arguments of the loss that are no options, such as `reduce`.
 
         Raises:
             InputError: If the loss does not compare scores, or its teacher is missing.
         """
         if "scores" not in self.loss.inputs:
             raise InputError(f"compares {self.loss.inputs}, not scores", where=f"loss {self.name!r}")
+        if self.needs_teacher and teacher_scores is None:
+            raise InputError("needs a teacher's scores", where=f"loss {self.name!r}", cure="Name a teacher")
+        if self.learner == "teacher":
+            student_scores, teacher_scores = teacher_scores, student_scores
         if self.calibrate_student:
             student_scores = calibrate(
                 student_scores, self.calibration, mask, temperature=self.calibration_temperature
             )
-        arguments: dict[str, Any] = dict(self.options, mask=mask)
+        arguments: dict[str, Any] = dict(self.options, mask=mask, **given)
         if "target" in inspect.signature(self.loss.function).parameters:
             arguments["target"] = target
         if not self.loss.teacher:
             return self.loss.function(student_scores, **arguments)
-        if teacher_scores is None:
-            raise InputError("needs a teacher's scores", where=f"loss {self.name!r}", cure="Name a teacher")
-        teacher_scores = calibrate(teacher_scores, self.calibration, mask, temperature=self.calibration_temperature)
-        return self.loss.function(student_scores, teacher_scores, **arguments)
+        several = [teacher_scores] if isinstance(teacher_scores, Tensor) else teacher_scores
+        several = [calibrate(one, self.calibration, mask, temperature=self.calibration_temperature) for one in several]
+        if len(several) > 1:
+            default = inspect.signature(self.loss.function).parameters.get("temperature")
+            temperature = self.options.get("temperature", default.default) if default is not None else None
+            several = [mean_teacher(several, temperature, mask)]
+        return self.loss.function(student_scores, several[0], **arguments)
 
 
 def _is_number(value: Any) -> bool:
@@ -190,12 +255,12 @@ def parse_terms(terms: Iterable[str | Mapping[str, Any] | LossTerm]) -> dict[str
     parsed = [_parse(term, position) for position, term in enumerate(terms, start=1)]
     if not parsed:
         raise InputError("no loss is given", cure=f"Name at least one of {', '.join(LOSSES)}")
-    names = [term.name for term in parsed]
+    names = [term.name if term.learner == "student" else f"teacher_{term.name}" for term in parsed]
     labelled: dict[str, LossTerm] = {}
-    for term in parsed:
-        label = term.name
-        if names.count(term.name) > 1 and term.teacher is not None:
-            label = f"{term.name}_{term.teacher}"
+    for name, term in zip(names, parsed):
+        label = name
+        if names.count(name) > 1 and term.teacher is not None:
+            label = f"{name}_{'_'.join(term.teachers)}"
         number = 2
         while label in labelled:
             label = f"{label.rsplit('#', 1)[0]}#{number}"

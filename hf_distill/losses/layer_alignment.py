@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ def layer_alignment_loss(
     reweight: bool = True,
     *,
     mask: Tensor | None = None,
+    reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     r"""KL(teacher's layer || student's layer) over the candidates, summed over pairs of layers.
 
@@ -45,6 +48,7 @@ def layer_alignment_loss(
         layer_temperature: τ.
         reweight: False takes the plain sum over layers (all weights 1), as the original does.
         mask: Bool[Q, C], True keeps a candidate, in all layers.
+        reduce: Sums a tensor over processes, where each has other rows: the weights are then those of all rows.
 
     Returns:
         A scalar.
@@ -59,5 +63,8 @@ def layer_alignment_loss(
     with torch.no_grad():
         rows = -at_target(masked_log_softmax(teacher_scores, mask), target)
         labelled = target_rows(target, mask).expand_as(rows)
-        weights = (-masked_mean(rows, labelled, dim=1) / layer_temperature).softmax(0)
+        totals, counts = rows.masked_fill(~labelled, 0.0).sum(1), labelled.sum(1)
+        if reduce is not None:
+            totals, counts = reduce(totals), reduce(counts)
+        weights = (-totals / counts.clamp(min=1) / layer_temperature).softmax(0)
     return (weights * divergences).sum()

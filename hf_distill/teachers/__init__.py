@@ -6,5 +6,5 @@ from ..lazy import attach
 
 
 __getattr__, __dir__, __all__ = attach(
-    __name__, {"base": ["Teacher"], "cached": ["CachedEmbeddings", "CachedScores"], "live": ["LiveTeacher"]}
+    __name__, {"base": ["Teacher"], "cached": ["CachedEmbeddings", "CachedScores"], "live": ["Anchor", "LiveTeacher"]}
 )

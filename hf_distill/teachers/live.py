@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from ..losses.combine import ANCHOR
 from ..models.base import RetrievalModel
 from ..models.candidates import arrange
 from .base import Teacher
@@ -26,6 +28,7 @@ class LiveTeacher(Teacher):
         self.processor = model.processor()
         self.candidate_sets = model.candidate_sets
         self.embedding_size = model.embedding_size
+        self.tokens = name
         self._output: Any = None
 
     def to(self, device: torch.device) -> None:
@@ -37,7 +40,7 @@ class LiveTeacher(Teacher):
     def _forward(self, batch: Mapping[str, Any]) -> Any:
         if self._output is None:
             with torch.no_grad():
-                self._output = self.model(**batch["tokens"][self.name])
+                self._output = self.model(**batch["tokens"][self.tokens])
         return self._output
 
     def embeddings(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,3 +59,18 @@ class LiveTeacher(Teacher):
             "weights": self.model.weights_fingerprint(),
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
+
+
+class Anchor(LiveTeacher):
+    """The student as it is now, for losses that hold it there (learning without forgetting).
+
+    It reads the student's own tokens, so that it costs one forward without gradient.
+
+    Args:
+        model: The student; a copy is kept.
+        tokens: By which name the batch has the student's tokens.
+    """
+
+    def __init__(self, model: RetrievalModel, tokens: str = "student"):
+        super().__init__(ANCHOR, copy.deepcopy(model))
+        self.processor, self.tokens = None, tokens
