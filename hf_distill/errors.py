@@ -1,4 +1,4 @@
-"""The one exception for bad input."""
+"""The exceptions that are meant for people: bad input, and a Hub that does not take a result."""
 
 from __future__ import annotations
 
@@ -17,3 +17,16 @@ class InputError(ValueError):
         sentence = problem if where is None else f"{where}: {problem}"
         sentence = sentence.rstrip(".") + "."
         super().__init__(sentence if cure is None else f"{sentence} {cure.rstrip('.')}.")
+
+
+class HubError(RuntimeError):
+    """The Hub did not take or give something although the input is right; one sentence, and what to do later.
+
+    Args:
+        problem: What failed, and why.
+        cure: What to do about it.
+    """
+
+    def __init__(self, problem: str, cure: str):
+        self.problem, self.cure = problem, cure
+        super().__init__(f"{problem.rstrip('.')}. {cure.rstrip('.')}.")

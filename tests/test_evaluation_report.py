@@ -118,7 +118,7 @@ def test_metrics_are_merged(tmp_path):
         "a/test": {"student": {"nDCG@10": 0.25, "n_queries": 3, "seconds": 7}, "teacher": {"nDCG@10": 0.75}},
         "b/test": {"student": {"nDCG@10": None}},
     }
-    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.json"]
+    assert [entry.name for entry in tmp_path.iterdir() if not entry.name.startswith(".")] == ["metrics.json"]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"a/test": 1}', '{"a/test": {"student": 0.5}}'])

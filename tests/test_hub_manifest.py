@@ -31,6 +31,13 @@ def test_no_secret_reaches_a_manifest(monkeypatch):
     assert manifest["settings"]["push_token"] is None
 
 
+def test_names_that_only_sound_secret_stay():
+    harmless = {"tokenizer.json": "1", "include_tokens_per_second": True, "token_budget": 3, "special_tokens_map": 4}
+    assert without_secrets(harmless) == harmless
+    secret = {"HF_TOKEN": "a", "wandb-api-key": "b", "access_token": "c", "db.password": "d"}
+    assert set(without_secrets(secret).values()) == {"<hidden>"}
+
+
 def test_a_copy_is_blanked_not_the_original():
     settings = {"hub_token": "hf_one"}
     without_secrets(settings)

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..console import get_logger, is_main_process
 from ..errors import InputError
 from ..files import read_json, write_json
+from ..provenance import recording
 from .options import DemoOptions
 from .parsing import Verb, parse
 
@@ -63,6 +64,7 @@ def run(options: DemoOptions) -> None:
     start = time.perf_counter()
     import torch
 
+    from ..hub.manifest import write_manifest
     from ..retrieval import choose_dtype
     from .distill import VERB as distill
 
@@ -79,12 +81,17 @@ def run(options: DemoOptions) -> None:
         "bf16": choose_dtype("auto", device) == "bfloat16",
         **_RECIPE,
     }
-    distill.run(*parse(distill, [f"--{name}={value}" for name, value in flags.items()]))
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    parsed = parse(distill, words)
+    with recording(distill.name, words, words, parsed):
+        distill.run(*parsed)
     if not is_main_process():
         return
     root = Path(options.output_dir)
     shutil.copyfile(student / "metrics.json", root / "metrics.json")
     shutil.copytree(student / "plots", root / "plots", dirs_exist_ok=True)
+    made = read_json(student / "run_manifest.json")
+    write_manifest(root, **{name: made[name] for name in ("data", "models", "metrics", "seeds")})
     logger.info(
         "\nDone in %.0f minutes. The student is in %s; figures in %s, plots in %s.\n"
         "Try it:  hf-distill search --data %s --model %s --query 'remove blanks at both ends of a string'",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ..console import is_main_process
 from ..errors import InputError
 from .options import CollectionOptions, EvaluateOptions, IndexOptions
 from .parsing import Verb, require
@@ -32,6 +33,7 @@ def run(data_options: CollectionOptions, options: EvaluateOptions, encode_option
     )
     names = system_names(options.model, options.names)
     from ..data import Run
+    from ..hub.manifest import write_manifest
     from ..models import load_model
     from . import steps
     from .reporting import Report
@@ -70,6 +72,8 @@ def run(data_options: CollectionOptions, options: EvaluateOptions, encode_option
         else:
             report.run(name, report.bm25_run())
     report.show()
+    if options.output_dir is not None and is_main_process():
+        write_manifest(options.output_dir, data=data.facts(), metrics={report.dataset: report.results})
 
 
 VERB = Verb(

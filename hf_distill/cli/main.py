@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..console import launched_processes
-from ..errors import InputError
+from ..errors import HubError, InputError
+from ..files import full_disk
+from ..provenance import recording
 from .launch import check_shared
-from .parsing import exit_with, parse
+from .parsing import NOT_PUSHED, exit_with, expanded, parse
 
 
 VERBS = {
@@ -23,6 +25,7 @@ VERBS = {
     "compare": "Say which differences between runs are more than chance.",
     "reproduce": "Print or run the command that made a model or data set, and compare.",
     "recipe": "Run a file of stages (mine, train, score, distill ...) in order, resumable.",
+    "convert": "Turn data in another format into a folder of this project's layout.",
     "search": "Search a collection with a model.",
     "demo": "Build the demonstration collection and distil a student on it.",
 }
@@ -38,7 +41,7 @@ def _usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one verb; bad input ends with one sentence and exit code 2."""
+    """Runs one verb; bad input ends with one sentence and exit code 2, a result that the Hub did not take with 3."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(_usage())
@@ -52,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _launch(argv)
     if argv[0] not in VERBS:
         exit_with(InputError(f"there is no verb {argv[0]!r}", cure=f"Choose one of {', '.join(VERBS)}"))
+    failed = None
     try:
         verb = importlib.import_module(f"hf_distill.cli.{argv[0]}").VERB
         if launched_processes() > 1:
@@ -62,13 +66,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         start_logging()
         if not any(hasattr(one, "world_size") for one in arguments):  # with it the Trainer's arguments decide
             _join()
-        verb.run(*arguments)
+        with recording(verb.name, argv[1:], expanded(verb, argv[1:]), arguments):
+            verb.run(*arguments)
     except InputError as error:
         exit_with(error)
+    except HubError as error:
+        failed = error  # the result is complete: the other processes are waited for as after a success
+    except Exception as error:
+        # Wherever no room was left: in a cache or in a temporary folder too.
+        sentence = full_disk(error, ".")
+        if sentence is None:
+            raise
+        exit_with(sentence)
     if "torch" in sys.modules:
         from ..distributed import leave
 
         leave()
+    if failed is not None:
+        exit_with(failed, NOT_PUSHED)
 
 
 def _join() -> None:

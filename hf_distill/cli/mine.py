@@ -31,7 +31,7 @@ def run(
     data.train = options.train_split
     encode = steps.encode_settings(encode_options, data_options)
     name = options.name or _name_of(options.model or options.run)
-    target = steps.row_folder(data, options.output_dir, name)
+    target = steps.claim_rows(steps.row_folder(data, options.output_dir, name))
     if options.run is not None:
         source: object = Run.load_trec(options.run, data.collection.queries, data.collection.corpus)
     else:

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import HubError, InputError
 
 
 # How long another process than the main one waits before it speaks of bad input.
 _PATIENCE_SECONDS = 3.0
+# The exit code of a run that is complete on this machine but not on the Hub.
+NOT_PUSHED = 3
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,15 @@ def parse(verb: Verb, argv: Sequence[str]) -> list[Any]:
     from_file = _flags_of_file(config, fields) if config is not None else []
     _check_flags(argv, fields)
     return _parsed(verb, parser, [*from_file, *argv])
+
+
+def expanded(verb: Verb, argv: Sequence[str]) -> list[str]:
+    """The command line of a verb with the fields of its `--config` file as flags in front of it."""
+    words = list(argv) if verb.words is None else verb.words(argv)
+    config = _take_config(words)
+    if config is None:
+        return words
+    return [*_flags_of_file(config, _fields(verb.arguments() if verb.arguments else verb.options)), *words]
 
 
 def parse_settings(verb: Verb, settings: Mapping[str, Any], where: str) -> list[Any]:
@@ -231,8 +242,8 @@ def require(verb: str, **what: tuple[Any, str]) -> None:
         raise InputError(f"hf-distill {verb} still needs {', '.join(missing)}", cure=f"See hf-distill {verb} --help")
 
 
-def exit_with(error: InputError) -> typing.NoReturn:
-    """Prints one sentence on standard error and ends the process with code 2.
+def exit_with(error: InputError | HubError, code: int = 2) -> typing.NoReturn:
+    """Prints one sentence on standard error and ends the process with a code: 2 for bad input.
 
     Several processes mostly meet the same bad input. The main one speaks, and the launcher ends the others before they
     do; what the main one has not met is said by the process that has.
@@ -241,4 +252,4 @@ def exit_with(error: InputError) -> typing.NoReturn:
     if rank:
         time.sleep(_PATIENCE_SECONDS)
     sys.stderr.write(f"error{f' in process {rank}' if rank else ''}: {error}\n")
-    raise SystemExit(2)
+    raise SystemExit(code)

@@ -11,7 +11,6 @@ import numpy as np
 
 from ..console import get_logger, is_main_process
 from ..data import RowSet, Run
-from ..files import write_json
 from .steps import Data
 
 
@@ -167,37 +166,10 @@ class Report:
             return
         from ..evaluation import markdown_table
         from ..hub.cards import bibtex, write_model_card
-        from ..hub.manifest import run_manifest
+        from ..hub.manifest import write_manifest
         from ..models import CrossEncoderRanker
 
         collection = self.data.collection
-        manifest = run_manifest(
-            settings=settings,
-            data={
-                "collection": collection.name,
-                "source": collection.source,
-                "revision": collection.revision,
-                "fingerprint": collection.fingerprint,
-                "rows": {"number": len(rows), "fingerprint": rows.fingerprint, "provenance": rows.metadata},
-            },
-            models={
-                "start": list(base_models),
-                "student": {
-                    "weights": trainer.accelerator.unwrap_model(trainer.model).weights_fingerprint(),
-                    **model_figures(trainer.model),
-                },
-                "teachers": list(teachers),
-            },
-            seeds={"seed": trainer.args.seed, "data_seed": trainer.args.data_seed},
-            training={
-                "steps": trainer.state.global_step,
-                "epochs": trainer.state.epoch,
-                "best_checkpoint": trainer.state.best_model_checkpoint,
-                "losses": {label: term.__dict__ for label, term in trainer.terms.items()},
-            },
-            metrics={self.dataset: self.results} if self.results else {},
-        )
-        write_json(self.folder / "run_manifest.json", manifest)
         measured = self.results.get(system, {})
         terms = ", ".join(
             f"{label} (weight {term.weight:g}, {term.candidates.replace('_', '-')} candidates)"
@@ -218,19 +190,45 @@ class Report:
             self.folder,
             title=self.folder.name,
             summary=summary,
-            kind="cross_encoder" if isinstance(trainer.model, CrossEncoderRanker) else "dense",
+            kind=getattr(trainer.accelerator.unwrap_model(trainer.model), "representation", "dense"),
             results=f"On `{self.dataset}`:\n\n{markdown_table(self.results, self.measures)}"
             if measured
             else "Nothing.",
             reading=reading,
             training=training,
-            base_models=[*base_models, *(str(teacher["model"]) for teacher in teachers if teacher.get("model"))],
+            base_models=base_models,
+            teachers=[str(teacher["model"]) for teacher in teachers if teacher.get("model")],
             datasets=[collection.source],
             tags=trainer._tags,
             measured={name: measured[name] for name in self.measures if name in measured},
             collection=collection.name,
             split=self.data.test,
             citation=bibtex(trainer._paper),
+            dataset_revision=collection.revision,
+            model_id=trainer.hub_model_id,
+        )
+        write_manifest(
+            self.folder,
+            settings=settings,
+            data={
+                **self.data.facts(),
+                "rows": {"number": len(rows), "fingerprint": rows.fingerprint, "provenance": rows.metadata},
+            },
+            models={
+                "start": list(base_models),
+                "student": {
+                    "weights": trainer.accelerator.unwrap_model(trainer.model).weights_fingerprint(),
+                    **model_figures(trainer.model),
+                },
+                "teachers": list(teachers),
+            },
+            training={
+                "steps": trainer.state.global_step,
+                "epochs": trainer.state.epoch,
+                "best_checkpoint": trainer.state.best_model_checkpoint,
+                "losses": {label: term.__dict__ for label, term in trainer.terms.items()},
+            },
+            metrics={self.dataset: self.results} if self.results else {},
         )
 
 

@@ -29,7 +29,7 @@ def run(data_options: CollectionOptions, options: ScoreOptions, encode_options: 
 
     data = steps.Data.open(data_options)
     rows = steps.named_rows(data, options.rows)
-    target = steps.row_folder(data, options.output_dir, options.rows)
+    target = steps.claim_rows(steps.row_folder(data, options.output_dir, options.rows))
     if options.run is not None:
         scored = score_from_run(rows, options.run, column=options.column)
     else:

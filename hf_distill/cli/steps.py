@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..files import read_json, write_json
 from ..hub.manifest import without_secrets
 from ..locking import lock_folder, unlock_folder
+from ..provenance import note_source
 from ..settings import NOT_OF_THE_RUN
 from .options import CollectionOptions, DataOptions, EncodeOptions, ModelOptions, PoolOptions, RowOptions
 
@@ -65,6 +66,17 @@ class Data:
                     cure="Give another split (--eval_split, --test_split), or mend the grades",
                 )
         return data
+
+    def facts(self) -> dict[str, Any]:
+        """What a manifest says about it."""
+        collection = self.collection
+        return {
+            "collection": collection.name,
+            "source": collection.source,
+            "revision": collection.revision,
+            "fingerprint": collection.fingerprint,
+            "splits": {"train": self.train, "eval": self.eval, "test": self.test},
+        }
 
 
 def check_split(collection: Collection, split: str | None, flag: str) -> None:
@@ -211,6 +223,16 @@ def finish_training(trainer: BaseTrainer) -> RetrievalModel:
     return trainer.whole_model()
 
 
+def check_push(args: Any) -> None:
+    """Opens the repository that a run will push to, before any work; see [`open_target`]. All processes call this."""
+    if args.push_to_hub and is_main_process():
+        from ..hub.push import RUN_KEY
+        from ..trainers.publishing import open_target
+
+        open_target(args, read_json(Path(args.output_dir) / RUN_KEY))
+    wait_for_everyone()
+
+
 def publish(trainer: BaseTrainer) -> None:
     """Pushes a finished run if that was asked for; all processes must call this.
 
@@ -278,7 +300,9 @@ def named_rows(data: Data, name: str, revision: str | None = None, streaming: bo
     """A row set by its name in the collection, its folder or file, or its Hub id."""
     collection = data.collection
     if name in collection.row_sets:
-        return collection.stream(name) if streaming else collection.rows(name)
+        rows = collection.stream(name) if streaming else collection.rows(name)
+        note_source("rows", name, lambda: {"fingerprint": rows.fingerprint})
+        return rows
     if not Path(name).exists() and not HUB_ROWS.match(name):
         raise InputError(
             f"there is no row set {name!r}",
@@ -289,7 +313,9 @@ def named_rows(data: Data, name: str, revision: str | None = None, streaming: bo
     source, _, config = (name, "", "") if Path(name).exists() else name.partition(":")
     opened = open_row_set(source, config or None, revision=revision, cache_dir=data.cache_dir)
     kind = StreamedRows if streaming else RowSet
-    return kind.from_source(*opened, collection.queries, collection.corpus, cache_dir=data.cache_dir)
+    rows = kind.from_source(*opened, collection.queries, collection.corpus, cache_dir=data.cache_dir)
+    note_source("rows", name, lambda: {"fingerprint": rows.fingerprint}, opened[0].revision)
+    return rows
 
 
 def wanted_rows(data: Data, options: RowOptions, seed: int) -> RowSet | StreamedRows:
@@ -497,9 +523,18 @@ def row_folder(data: Data, output_dir: str | None, name: str) -> Path:
     )
 
 
+def claim_rows(folder: Path) -> Path:
+    """Makes this run the only one that writes the row set `folder`; all processes must call it."""
+    if is_main_process():
+        lock_folder(folder, beside=True)
+    wait_for_everyone()
+    return folder
+
+
 def save_rows(rows: RowSet, data: Data, folder: Path, name: str) -> None:
-    """Writes a row set, and tells the collection's card about it if it lies inside the collection."""
+    """Writes a row set with its manifest, and tells the collection's card about it if it lies in the collection."""
     from ..data import add_row_set
+    from ..hub.manifest import write_manifest
 
     if not is_main_process():
         return
@@ -507,6 +542,8 @@ def save_rows(rows: RowSet, data: Data, folder: Path, name: str) -> None:
         add_row_set(folder.parent, folder.name, rows)
     else:
         rows.save(folder)
+    facts = {"number": len(rows), "fingerprint": rows.fingerprint, "provenance": rows.metadata}
+    write_manifest(folder, data={**data.facts(), "rows": facts})
 
 
 def warn_of_scores(rows: RowSet, column: str) -> None:

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
+from filelock import FileLock
 
 from hf_distill.data import schema
 from hf_distill.data.arrow import BLOCK_ROWS
@@ -99,7 +100,9 @@ def add_row_set(folder: str | os.PathLike, name: str, rows: RowSet) -> Path:
         raise InputError("no README.md", where=str(folder), cure="Write the collection with save_collection first")
     _check_row_set(name, rows, load_collection(folder))
     rows.save(folder / name)
-    add_config(folder / "README.md", config_entry(name, {"train": f"{name}/*.parquet"}))
+    # Another process may be adding another row set.
+    with FileLock(folder / ".README.md.lock"):
+        add_config(folder / "README.md", config_entry(name, {"train": f"{name}/*.parquet"}))
     return folder / name
 
 

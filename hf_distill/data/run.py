@@ -14,7 +14,8 @@ from hf_distill.data.lines import read_lines
 from hf_distill.data.qrels import Qrels
 from hf_distill.data.tables import Corpus, Queries, TextTable
 from hf_distill.errors import InputError
-from hf_distill.files import atomic_path
+from hf_distill.files import atomic_path, file_fingerprint
+from hf_distill.provenance import note_source
 
 
 _LINES_AT_ONCE = 2**17
@@ -101,6 +102,7 @@ class Run:
             InputError: A line without six fields, an unknown identifier, a score that is no finite number, a document
                 that is listed twice for a query; the message names line and field.
         """
+        note_source("run", path, lambda: {"fingerprint": file_fingerprint(path)})
         lines, query, document, score = [], [], [], []
         for numbers, fields in _trec_blocks(path, 6, "query Q0 document rank score tag"):
             lines.append(np.array(numbers, dtype=np.int64))

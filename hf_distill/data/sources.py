@@ -30,6 +30,9 @@ _HUB_READ_AHEAD = 2**20
 # Text files with data, plain or compressed; never scripts, never pickles.
 DATA_FILES = tuple(f"*{suffix}{gz}" for suffix in (".jsonl", ".json", ".tsv", ".txt", ".csv") for gz in ("", ".gz"))
 
+# Beside the files of a row set: where it came from.
+_NOT_ROWS = ("metadata.json", "run_manifest.json")
+
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?$")
 
 
@@ -135,7 +138,7 @@ class LocalSource:
             if entry.is_dir():
                 splits: dict[str, list[Path]] = {}
                 for file in sorted(entry.iterdir()):
-                    if file.is_file() and file_kind(file) and file.name != "metadata.json":
+                    if file.is_file() and file_kind(file) and file.name not in _NOT_ROWS:
                         splits.setdefault(re.sub(r"-\d{5}-of-\d{5}$", "", _stem(file)), []).append(file)
                 if splits:
                     result[entry.name] = splits

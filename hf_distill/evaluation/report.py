@@ -44,12 +44,17 @@ def update_metrics(path: str | os.PathLike, dataset: str, system: str, figures: 
     Raises:
         InputError: If the file exists and is not such JSON.
     """
-    metrics = load_metrics(path) if Path(path).exists() else {}
-    entry = metrics.setdefault(dataset, {}).setdefault(system, {})
-    for key, value in figures.items():
-        if value is not None:
-            entry[key] = _plain(value)
-    write_json(path, metrics)
+    from filelock import FileLock
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):  # two evaluations may share a folder
+        metrics = load_metrics(path) if path.exists() else {}
+        entry = metrics.setdefault(dataset, {}).setdefault(system, {})
+        for key, value in figures.items():
+            if value is not None:
+                entry[key] = _plain(value)
+        write_json(path, metrics)
     return metrics
 
 

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import fnmatch
+import hashlib
+import json
 import os
 import platform
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..distributed import world_size
+from ..console import get_logger
+from ..files import read_json, write_json
+from ..provenance import current
 
+
+logger = get_logger(__name__)
+
+MANIFEST = "run_manifest.json"
+HIDDEN = "<hidden>"
 
 PACKAGES = (
     "torch",
@@ -25,16 +37,21 @@ PACKAGES = (
     "tokenizers",
     "safetensors",
     "numpy",
+    "scipy",
+    "pandas",
     "pyarrow",
     "faiss-cpu",
     "faiss-gpu",
     "bm25s",
     "pytrec-eval-terrier",
+    "numba",
+    "PyStemmer",
+    "peft",
     "deepspeed",
 )
-_SECRET = ("token", "password", "secret", "api_key")
-# Field names that contain a secret's name and are none.
-_HARMLESS = ("token_budget", "include_tokens_per_second", "include_num_input_tokens_seen")
+_SECRET = re.compile(r"(^|[_.])(token|password|passwd|secret|(api|access)_?key)($|[_.])")
+# A field name that has a secret's name in it and is none.
+_HARMLESS = ("token_budget",)
 
 
 def versions() -> dict[str, str]:
@@ -96,7 +113,7 @@ def without_secrets(value: Any) -> Any:
     """A copy of nested settings with every token and password blanked."""
     if isinstance(value, Mapping):
         return {
-            key: "<hidden>" if _is_secret(str(key)) and item else without_secrets(item) for key, item in value.items()
+            key: HIDDEN if _is_secret(str(key)) and item else without_secrets(item) for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):
         return [without_secrets(item) for item in value]
@@ -104,37 +121,139 @@ def without_secrets(value: Any) -> Any:
 
 
 def _is_secret(name: str) -> bool:
-    return name not in _HARMLESS and any(word in name.lower() for word in _SECRET)
+    return name not in _HARMLESS and _SECRET.search(name.lower().replace("-", "_")) is not None
+
+
+def artefacts(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file that would be pushed; manifests are left out."""
+    from .push import files_of
+
+    found = {}
+    for name, path in sorted(files_of(Path(folder)).items()):
+        if not fnmatch.fnmatch(name, "run_manifest*.json"):
+            with open(path, "rb") as file:
+                found[name] = {
+                    "bytes": path.stat().st_size,
+                    "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+                }
+    return found
 
 
 def run_manifest(**sections: Any) -> dict[str, Any]:
-    """The manifest of a run.
+    """The manifest of a run: what every run has, and `sections`.
+
+    What the command line knows (verb, options, what was read, times) comes from [`hf_distill.provenance`].
 
     Args:
-        sections: What the run knows: `command`, `config`, `data`, `models`, `seeds`, `metrics` ...
+        sections: What the run knows besides: `data`, `models`, `rows`, `training`, `metrics` ...
 
     Returns:
         A JSON-like mapping without secrets.
     """
-    return without_secrets(
-        {
-            "made": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": command_line(),
-            "code": code_version(),
-            "versions": versions(),
-            "hardware": hardware(),
-            "world_size": world_size(),
-            **sections,
+    from ..distributed import world_size
+
+    now, recorded = datetime.now(UTC), current()
+    manifest: dict[str, Any] = {
+        "made": now.isoformat(timespec="seconds"),
+        "verb": recorded.verb if recorded else None,
+        "command": command_line(),
+        "code": code_version(),
+        "versions": versions(),
+        "hardware": hardware(),
+        "world_size": world_size(),
+        "launch": launch_facts(),
+    }
+    if recorded is not None:
+        config = {name: value for option in recorded.options for name, value in _fields(option).items()}
+        started = recorded.started
+        manifest |= {
+            # Of the last start; what an earlier one had finished was not done again.
+            "times": {
+                "started": started.isoformat(timespec="seconds"),
+                "finished": now.isoformat(timespec="seconds"),
+                "seconds": round((now - started).total_seconds(), 1),
+            },
+            "arguments": [recorded.verb, *_hide(recorded.arguments)],
+            "config": config,
+            "seeds": {name: value for name, value in config.items() if name == "seed" or name.endswith("_seed")},
+            "precision": _precision(config),
+            "sources": [
+                {"kind": kind, "name": name, "revision": revision, **facts()}
+                for (kind, name, revision), facts in sorted(recorded.sources.items(), key=str)
+            ],
         }
-    )
+    return without_secrets(json.loads(json.dumps({**manifest, **sections}, default=str)))
+
+
+def write_manifest(folder: str | os.PathLike, **sections: Any) -> Path:
+    """Writes `run_manifest.json`, with hashes of all that lies in `folder`; so it is written last.
+
+    A folder that another verb has made keeps that manifest; the later verb's is `run_manifest.<verb>.json` then.
+
+    Args:
+        folder: The result's.
+        sections: See [`run_manifest`].
+    """
+    path = Path(folder) / MANIFEST
+    manifest = run_manifest(**sections)
+    if path.is_file() and (verb := read_json(path).get("verb")) not in (None, manifest["verb"]):
+        logger.debug("%s is of %s and stays", path, verb)
+        path = path.with_name(f"run_manifest.{manifest['verb']}.json")
+    write_json(path, {**manifest, "artefacts": artefacts(folder)})
+    return path
+
+
+def launch_facts() -> dict[str, Any]:
+    """How the processes were started, and what runs them."""
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+
+    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else None
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        launcher = "accelerate launch"
+    facts: dict[str, Any] = {"typed": os.environ.get("HF_DISTILL_LAUNCH"), "launcher": launcher}
+    if PartialState._shared_state:  # asking would start the state, and with it a process group
+        state = PartialState()
+        facts |= {"distributed": state.distributed_type.value, "device": str(state.device), "backend": state.backend}
+    if AcceleratorState._shared_state:
+        facts["mixed_precision"] = AcceleratorState().mixed_precision
+    return facts
+
+
+def _fields(option: Any) -> dict[str, Any]:
+    if hasattr(option, "to_dict"):
+        return option.to_dict()
+    return asdict(option)
+
+
+def _precision(config: Mapping[str, Any]) -> dict[str, str]:
+    """The arithmetic of training and of everything else, as it was chosen for this machine."""
+    found = {}
+    if "bf16" in config:
+        found["training"] = "bfloat16" if config["bf16"] else "float16" if config.get("fp16") else "float32"
+    if "dtype" in config:
+        import torch
+
+        from ..retrieval.inference import choose_dtype
+
+        found["encoding"] = choose_dtype(config["dtype"], "cuda" if torch.cuda.is_available() else "cpu")
+    return found
 
 
 def command_line() -> list[str]:
-    """This process's command line, with the value of every secret flag blanked."""
+    """The command as it was typed, with the value of every secret flag blanked."""
+    recorded = current()
+    if recorded is None:
+        return [Path(sys.argv[0]).name, *_hide(sys.argv[1:])]
+    launch = os.environ.get("HF_DISTILL_LAUNCH", "").split()
+    return ["hf-distill", *launch, recorded.verb, *_hide(recorded.words)]
+
+
+def _hide(typed: Sequence[str]) -> list[str]:
     words, hide = [], False
-    for word in [Path(sys.argv[0]).name, *sys.argv[1:]]:
+    for word in typed:
         name, equals, _ = word.partition("=")
-        secret = word.startswith("--") and _is_secret(name[2:].replace("-", "_"))
-        words.append("<hidden>" if hide else f"{name}=<hidden>" if secret and equals else word)
+        secret = word.startswith("--") and _is_secret(name[2:])
+        words.append(HIDDEN if hide else f"{name}={HIDDEN}" if secret and equals else word)
         hide = secret and not equals
     return words

