@@ -1,11 +1,12 @@
-"""Run by the distributed tests, in one process or under `accelerate launch`: trains some steps, writes what it saw.
+"""Run by the distributed tests, in one process or under a launcher: one job after another, each says what it saw.
 
-python tests/distributed_run.py SETTINGS.json     (a list of runs)
+python tests/distributed_run.py SETTINGS.json     (a list of jobs)
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 
 from hf_distill.data import RowSet, load_collection
-from hf_distill.distributed import leave
+from hf_distill.distributed import is_sharded, leave, world_size
+from hf_distill.evaluation import RetrievalEvaluation
 from hf_distill.files import write_json
 from hf_distill.models import CrossEncoderRanker, DenseRetriever, student_from
 from hf_distill.teachers import CachedScores, LiveTeacher
@@ -21,9 +23,24 @@ from hf_distill.trainers import DistillTrainer, DistillTrainingArguments
 
 
 def main(path: str) -> None:
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+        use_gloo_alone()
     for settings in json.loads(Path(path).read_text()):
+        if "command" in settings:
+            from hf_distill.cli.main import main as hf_distill
+
+            hf_distill(settings["command"])  # the last job: it leaves the process group
+            return
         train(settings)
     leave()
+
+
+def use_gloo_alone() -> None:
+    """Without this DeepSpeed compiles an operation for communication in shared memory, which takes a minute."""
+    from deepspeed.ops import __compatible_ops__
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    __compatible_ops__[ShareMemCommBuilder.NAME] = False
 
 
 def train(settings: dict[str, Any]) -> None:
@@ -40,17 +57,49 @@ def train(settings: dict[str, Any]) -> None:
     ]
     if settings.get("projection"):
         student.add_projection("dense", 32)
-    trainer = DistillTrainer(student, args, teachers=teachers, rows=rows)
+    evaluation = None
+    if args.eval_strategy != "no":
+        evaluation = RetrievalEvaluation(collection, "dev", measures=["nDCG@10"], corpus_size=40)
+    trainer = DistillTrainer(student, args, teachers=teachers, rows=rows, evaluation=evaluation)
+    if settings.get("fully_shard"):
+        divide(trainer)
     trainer.train(resume_from_checkpoint=settings.get("resume"))
+    whole = trainer.whole_model()
+    if settings.get("export"):
+        trainer.save_model()
+    live = [one.model for one in teachers[1:]]
     if trainer.is_world_process_zero():
-        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        history = trainer.state.log_history
         seen = {
             "world_size": args.world_size,
             "engine": type(trainer.model_wrapped).__name__,
-            "history": history,
-            "weights": {name: tensor.double().sum().item() for name, tensor in student.state_dict().items()},
+            "sharded": is_sharded(trainer.model),
+            "history": [entry for entry in history if "loss" in entry],
+            "measures": [entry["eval_nDCG@10"] for entry in history if "eval_nDCG@10" in entry],
+            "weights": {name: tensor.double().sum().item() for name, tensor in whole.state_dict().items()},
+            "teachers_are_plain": not any(
+                is_sharded(model) or model.training or any(one.requires_grad for one in model.parameters())
+                for model in live
+            ),
         }
         write_json(settings["result"], seen)
+
+
+def divide(trainer: DistillTrainer) -> None:
+    """What accelerate does for FSDP2 on GPUs, by its own choice of modules, with torch's `fully_shard` on CPUs."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    plugin.set_auto_wrap_policy(trainer.model)
+    is_unit = fsdp2_prepare_auto_wrap_policy(plugin, trainer.model)
+    mesh = init_device_mesh("cpu", (world_size(),))
+    for module in [one for one in trainer.model.modules() if is_unit(one)]:
+        fully_shard(module, mesh=mesh)
+    fully_shard(trainer.model, mesh=mesh)
+    trainer.is_distributed_loading_by_transformers = True  # accelerate leaves such a model as it is
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Loss and gradients on two processes equal one process on the joint batch."""
+"""Loss, gradient and trajectory are the same on one process, on two, with accumulation, with caching, and sharded."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,134 +16,240 @@ import pytest
 from hf_distill.data import RowSet, load_collection
 
 
-LOSSES = {
-    "contrastive_global": [{"name": "contrastive", "candidates": "global"}],
-    "contrastive_own": [{"name": "contrastive", "candidates": "own"}],
-    "kl_global": [{"name": "kl", "teacher": "dense", "candidates": "global"}],
-    "own_scores": [{"name": "kl", "teacher": "file"}, {"name": "margin_mse", "teacher": "ranker", "weight": 0.3}],
-    "embeddings": [{"name": "embedding_mse", "teacher": "dense", "weight": 5}],
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+STEPS = 3
+# Losses by name. The first four are means over a query's own candidates, so that accumulation changes nothing.
+OWN = {
+    "contrastive": [{"name": "contrastive", "candidates": "own"}],
+    "kl": [{"name": "kl", "teacher": "file"}],
+    "margin_mse": [{"name": "margin_mse", "teacher": "ranker", "weight": 0.3}],
+    "embedding_mse": [{"name": "embedding_mse", "teacher": "dense", "weight": 5}],
 }
+GLOBAL = {
+    "contrastive_global": [{"name": "contrastive", "candidates": "global"}],
+    "kl_global": [{"name": "kl", "teacher": "dense", "candidates": "global"}, {"name": "kl", "teacher": "file"}],
+}
+LOSSES = OWN | GLOBAL
+ACCUMULATED = {"gradient_accumulation_steps": 4}
+CACHED = {"gradient_cache_size": 2}
+WAYS = {"plain": {}, "accumulated": ACCUMULATED, "cached": CACHED, "accumulated_cached": ACCUMULATED | CACHED}
+MATRIX = [(loss, way) for loss in LOSSES for way in WAYS if loss in OWN or "accumulated" not in way]
+# Under the sharding engines: every kind of loss, and every way once.
+SHARDED = [
+    ("contrastive_global", "cached"), ("kl", "accumulated"), ("margin_mse", "plain"), ("embedding_mse", "plain"),
+]  # fmt: skip
+has_deepspeed = importlib.util.find_spec("deepspeed") is not None
+needs_deepspeed = pytest.mark.skipif(not has_deepspeed, reason="DeepSpeed is not installed")
 
 
-def start(processes: int, script: Path, *words: str, check: bool = True) -> subprocess.CompletedProcess:
-    """Runs a script in one process, or in several under `accelerate launch` on the CPU."""
-    command = [sys.executable, str(script), *words]
-    if processes > 1:
-        command = [
-            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
-            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-            str(script), *words,
-        ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+def start(*words: str, check: bool = True) -> subprocess.CompletedProcess:
+    """Runs a command of this environment's Python."""
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 or not check, done.stderr[-3000:]
     return done
 
 
+def accelerate(config: str, script: Path, *words: str, check: bool = True) -> subprocess.CompletedProcess:
+    """Runs a script in two processes under `accelerate launch` with one of our configurations."""
+    path = ROOT / "hf_distill" / "configs" / f"{config}.yaml"
+    options = ["--config_file", path, "--num_processes", "2", "--main_process_port", "0"]
+    return start("-m", "accelerate.commands.launch", *options, script, *words, check=check)
+
+
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory, micro):
-    """Rows on disk: two positives for some queries, so that false negatives are masked; some rows unlabelled."""
+def models(tmp_path_factory, micro, tiny_bert_source, tiny_ranker_source) -> dict[str, str]:
+    """What every job opens. Its rows have two positives for some queries, so that false negatives are masked."""
     collection = load_collection(micro, cache_dir=tmp_path_factory.mktemp("collection"))
     positives = collection.qrels["train"].positives()
     queries = collection.qrels["train"].query_positions()[:16]
-    generator = np.random.default_rng(5)
-    documents, counts, scores = [], [], []
-    for number, query in enumerate(queries):
-        relevant = positives.of(query)
-        # Few candidates for all queries, so that a query's positive is often another query's negative.
-        others = np.setdiff1d(np.arange(20), relevant)
-        pool = generator.choice(others, 5, replace=False)
-        labelled = number % 5 != 4
-        documents.append(np.concatenate([relevant, pool]) if labelled else pool)
-        counts.append(len(relevant) if labelled else 0)
-        scores.append(generator.normal(size=len(documents[-1])))
-    rows = RowSet.from_arrays(collection.queries, collection.corpus, queries, documents, counts, scores=scores)
-    return rows.save(tmp_path_factory.mktemp("rows") / "rows")
+    folder = tmp_path_factory.mktemp("rows")
+    for name in ("rows", "labelled"):
+        generator = np.random.default_rng(5)
+        documents, counts, scores = [], [], []
+        for number, query in enumerate(queries):
+            relevant = positives.of(query)
+            # Few candidates for all queries, so that a query's positive is often another query's negative.
+            others = np.setdiff1d(np.arange(20), relevant)
+            pool = generator.choice(others, 5, replace=False)
+            labelled = name == "labelled" or number % 5 != 4
+            documents.append(np.concatenate([relevant, pool]) if labelled else pool)
+            counts.append(len(relevant) if labelled else 0)
+            scores.append(generator.normal(size=len(documents[-1])))
+        rows = RowSet.from_arrays(collection.queries, collection.corpus, queries, documents, counts, scores=scores)
+        rows.save(folder / name)
+    return {
+        "collection": str(micro),
+        "rows": str(folder / "rows"),
+        "labelled": str(folder / "labelled"),
+        "teacher": str(tiny_bert_source),
+        "ranker": str(tiny_ranker_source),
+    }
 
 
-def settings_of(folder: Path, processes: int, name: str, models: dict[str, str], **overrides) -> dict:
-    """A run of 4 steps of 8 queries in all."""
+def job(models: dict[str, str], folder: Path, processes: int, loss: str, way: str = "plain", **more: Any) -> dict:
+    """A training of a few steps of 8 queries in all, whatever the number of processes and of accumulated batches."""
+    changed = WAYS[way] | more.pop("arguments", {})
+    name = more.pop("name", f"{loss}-{way}")
+    batch = 8 // processes // changed.get("gradient_accumulation_steps", 1)
     return {
         **models,
+        # The mean over labelled queries is the mean of means only if every part of a batch has as many of them.
+        "rows": models["labelled" if loss == "contrastive" else "rows"],
         "result": str(folder / f"{name}.json"),
         "arguments": {
             "output_dir": str(folder / name),
             "use_cpu": True,
-            "per_device_train_batch_size": 8 // processes,
+            "per_device_train_batch_size": batch,
             "num_negatives": 2,
-            "max_steps": 4,
+            "max_steps": STEPS,
             "learning_rate": 1e-3,
+            "warmup_steps": 0,
             "dropout": 0.0,
             "logging_steps": 1,
             "save_strategy": "no",
             "report_to": "none",
-            "losses": json.dumps(LOSSES[name.removesuffix("_cached")]),
-            **overrides,
+            "disable_tqdm": True,
+            "losses": json.dumps(LOSSES[loss]),
+            **changed,
         },
+        **more,
     }
+
+
+def life(models: dict[str, str], folder: Path, processes: int) -> list[dict]:
+    """A training with evaluations and a checkpoint, and one that goes on from the checkpoint."""
+    often = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    begun = job(models, folder, processes, "kl_global", name="life", arguments=often, export=True)
+    resumed = job(models, folder, processes, "kl_global", name="resumed", arguments=often)
+    return [begun, {**resumed, "resume": str(folder / "life" / "checkpoint-2")}]
+
+
+def run_jobs(jobs: list[dict], folder: Path, config: str | None) -> dict[str, dict]:
+    """All jobs in one launch, since starting costs more than training; what each saw, by its name."""
+    path = folder / "settings.json"
+    path.write_text(json.dumps(jobs))
+    script = Path(__file__).with_name("distributed_run.py")
+    start(script, path) if config is None else accelerate(config, script, path)
+    results = [Path(one["result"]) for one in jobs if "result" in one]
+    return {path.stem: json.loads(path.read_text()) for path in results}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, micro, prepared, tiny_bert_source, tiny_ranker_source):
-    """What every run saw: `{processes: {name: ...}}`; one launch each, since starting costs more than training."""
-    models = {
-        "collection": str(micro),
-        "rows": str(prepared),
-        "teacher": str(tiny_bert_source),
-        "ranker": str(tiny_ranker_source),
-    }
-    found: dict[int, dict[str, dict]] = {}
-    for processes in (1, 2):
-        folder = tmp_path_factory.mktemp(f"processes-{processes}")
-        settings = [settings_of(folder, processes, name, models) for name in LOSSES]
-        settings.append(settings_of(folder, processes, "contrastive_global_cached", models, gradient_cache_size=2))
-        path = folder / "settings.json"
-        path.write_text(json.dumps(settings))
-        start(processes, Path(__file__).with_name("distributed_run.py"), str(path))
-        found[processes] = {Path(one["result"]).stem: json.loads(Path(one["result"]).read_text()) for one in settings}
-    return found
+def one_process(tmp_path_factory, models):
+    folder = tmp_path_factory.mktemp("one")
+    jobs = [job(models, folder, 1, loss, way) for loss, way in MATRIX]
+    return run_jobs([*jobs, *life(models, folder, 1)], folder, None)
 
 
-def assert_same_training(one: dict, other: dict) -> None:
-    assert len(one["history"]) == len(other["history"]) == 4
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, models):
+    folder = tmp_path_factory.mktemp("two")
+    jobs = [job(models, folder, 2, loss, way) for loss, way in MATRIX]
+    for name, way in (("divided", "plain"), ("divided_cached", "cached")):
+        jobs.append(job(models, folder, 2, "kl_global", way, name=name, fully_shard=True, export=True))
+    jobs.append(job(models, folder, 2, "kl_global", name="whole", export=True))
+    return {"folder": folder, **run_jobs(jobs, folder, "multi_cpu")}
+
+
+@pytest.fixture(scope="module", params=["zero2", "zero3"])
+def deepspeed(request, tmp_path_factory, models, command):
+    """What two processes under DeepSpeed saw; the last job is the whole command of the fixture `command`."""
+    folder = tmp_path_factory.mktemp(request.param)
+    jobs = [*(job(models, folder, 2, loss, way) for loss, way in SHARDED), *life(models, folder, 2)]
+    if request.param == "zero3":
+        jobs.append({"command": command["words"](folder / "command", 2)})
+    seen = run_jobs(jobs, folder, request.param)
+    return {"stage": request.param, "folder": folder, **seen}
+
+
+def assert_same_training(one: dict, other: dict, steps: int = STEPS) -> None:
+    assert len(one["history"]) == len(other["history"]) == steps
     for step, (ours, theirs) in enumerate(zip(one["history"], other["history"])):
+        assert ours["grad_norm"] > 0
         for part in set(ours) - {"epoch", "step", "learning_rate"}:
             assert theirs[part] == pytest.approx(ours[part], rel=2e-4, abs=1e-6), (step, part)
+    assert_same_weights(one, other)
+
+
+def assert_same_weights(one: dict, other: dict) -> None:
+    assert set(one["weights"]) == set(other["weights"])
     for weight, total in one["weights"].items():
         assert other["weights"][weight] == pytest.approx(total, rel=1e-4, abs=2e-3), weight
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-@pytest.mark.parametrize("name", LOSSES)
-def test_two_processes_equal_one(name, runs):
-    one, two = runs[1][name], runs[2][name]
-    assert (one["world_size"], two["world_size"]) == (1, 2)
+def exported(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(("loss", "way"), MATRIX)
+def test_processes_accumulation_and_caching_change_nothing(loss, way, one_process, two_processes):
+    reference = one_process[f"{loss}-plain"]
+    two = two_processes[f"{loss}-{way}"]
+    assert (reference["world_size"], two["world_size"]) == (1, 2)
     assert two["engine"] == "DistributedDataParallel"
-    assert_same_training(one, two)
+    assert_same_training(reference, one_process[f"{loss}-{way}"])
+    assert_same_training(reference, two)
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_gradient_caching_changes_nothing_on_one_or_two_processes(runs):
-    assert_same_training(runs[1]["contrastive_global"], runs[1]["contrastive_global_cached"])
-    assert_same_training(runs[1]["contrastive_global"], runs[2]["contrastive_global_cached"])
+@needs_deepspeed
+@pytest.mark.parametrize(("loss", "way"), SHARDED)
+def test_deepspeed_trains_as_one_process_does(loss, way, one_process, deepspeed):
+    seen = deepspeed[f"{loss}-{way}"]
+    assert (seen["world_size"], seen["engine"]) == (2, "DeepSpeedEngine")
+    assert seen["sharded"] == (deepspeed["stage"] == "zero3")
+    assert seen["teachers_are_plain"]
+    assert_same_training(one_process[f"{loss}-plain"], seen)
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_the_whole_command_on_two_processes(tmp_path, micro, tiny_bert):
-    """Mining, encoding, training and evaluation shared by two processes give the figures of one."""
-    script = Path(__file__).parents[1] / "run_scripts" / "run_distill.py"
-    figures = {}
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
+@needs_deepspeed
+def test_deepspeed_evaluates_exports_and_resumes(one_process, deepspeed):
+    reference, seen, resumed = one_process["life"], deepspeed["life"], deepspeed["resumed"]
+    assert_same_training(reference, seen, steps=4)
+    assert seen["measures"] == pytest.approx(reference["measures"], abs=1e-6) and len(seen["measures"]) == 2
+    # The history of a resumed training begins with what its checkpoint remembers.
+    assert_same_training(seen, resumed, steps=4)
+    weights = exported(deepspeed["folder"] / "life")
+    assert all(tensor.numel() for tensor in weights.values())
+    for name, total in seen["weights"].items():
+        if name.removeprefix("backbone.") in weights:
+            assert weights[name.removeprefix("backbone.")].double().sum().item() == pytest.approx(total, abs=1e-4)
+
+
+def test_resuming_is_exact_in_one_process(one_process):
+    assert_same_training(one_process["life"], one_process["resumed"], steps=4)
+
+
+@pytest.mark.parametrize("name", ["divided", "divided_cached"])
+def test_weights_divided_by_fully_shard_train_and_export_as_whole_ones(name, one_process, two_processes):
+    import torch
+
+    seen, folder = two_processes[name], two_processes["folder"]
+    assert (seen["engine"], seen["sharded"]) == ("FSDPDenseRetriever", True)
+    assert two_processes["whole"]["sharded"] is False
+    assert_same_training(one_process["kl_global-plain"], seen)
+    divided, whole = exported(folder / name), exported(folder / "whole")
+    assert divided.keys() == whole.keys()
+    for weight, tensor in whole.items():
+        torch.testing.assert_close(divided[weight], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory, micro, tiny_bert_source):
+    """The whole command in one process, by its script; its figures, and how to type it for another launch."""
+
+    def words(folder: Path, processes: int, **more: Any) -> list[str]:
         flags = {
             "data": micro,
-            "teacher": tiny_bert,
+            "teacher": tiny_bert_source,
             "student": "layers:2",
             "output_dir": folder,
-            "cache_dir": tmp_path / f"cache-{processes}",
+            "cache_dir": folder.parent / "cache",
             "max_steps": 6,
             "per_device_train_batch_size": 8 // processes,
             "num_negatives": 2,
@@ -151,22 +259,40 @@ def test_the_whole_command_on_two_processes(tmp_path, micro, tiny_bert):
             "teacher_dtype": "float32",
             "learning_rate": 1e-3,
             "use_cpu": "true",
-            "baseline": "false",
+            **more,
         }
-        start(processes, script, *(f"--{name}={value}" for name, value in flags.items()))
-        manifest = json.loads((folder / "run_manifest.json").read_text())
-        assert manifest["world_size"] == processes
-        figures[processes] = json.loads((folder / "metrics.json").read_text())["micro/test"]
-    for system in ("bm25", "teacher", "student_before", "student"):
-        assert figures[2][system]["nDCG@10"] == pytest.approx(figures[1][system]["nDCG@10"], abs=1e-3), system
+        return ["distill", *(f"--{name}={value}" for name, value in flags.items())]
+
+    folder = tmp_path_factory.mktemp("command") / "one"
+    start(ROOT / "run_scripts" / "run_distill.py", *words(folder, 1)[1:])
+    return {"words": words, "folder": folder}
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
+def assert_same_command(one: Path, other: Path) -> None:
+    assert json.loads((other / "run_manifest.json").read_text())["world_size"] == 2
+    ours, theirs = (json.loads((folder / "metrics.json").read_text())["micro/test"] for folder in (one, other))
+    for system in ("bm25", "teacher", "student_before", "student_no_teacher", "student"):
+        assert theirs[system]["nDCG@10"] == pytest.approx(ours[system]["nDCG@10"], abs=1e-3), system
+
+
+def test_the_whole_command_on_two_processes(command, tmp_path):
+    """Mining, encoding, training and evaluation shared by two processes give the figures of one."""
+    words = command["words"](tmp_path / "two", 2)
+    start("-m", "hf_distill", "--launch", "cpu:2", *[word for word in words if word != "--use_cpu=true"])
+    assert_same_command(command["folder"], tmp_path / "two")
+
+
+@needs_deepspeed
+def test_the_whole_command_under_zero3(command, deepspeed):
+    if deepspeed["stage"] == "zero3":
+        assert_same_command(command["folder"], deepspeed["folder"] / "command")
+        assert exported(deepspeed["folder"] / "command").keys() == exported(command["folder"]).keys()
+
+
 def test_processes_that_would_train_alone_are_refused(tmp_path, micro, tiny_bert):
-    script = Path(__file__).parents[1] / "run_scripts" / "run_distill.py"
+    script = ROOT / "run_scripts" / "run_distill.py"
     flags = ["--data", micro, "--teacher", tiny_bert, "--student", "layers:2", "--output_dir", tmp_path / "out"]
-    done = start(2, script, *map(str, flags), "--per_device_train_batch_size", "4", check=False)
+    done = accelerate("multi_cpu", script, *flags, "--per_device_train_batch_size", "4", check=False)
     assert done.returncode != 0
-    assert "Add --use_cpu true" in done.stderr
+    assert done.stderr.count("Add --use_cpu true") == 1
     assert not (tmp_path / "out" / "model.safetensors").exists()

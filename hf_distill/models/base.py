@@ -162,6 +162,17 @@ class RetrievalModel(PreTrainedModel):
             use_attention(self, "eager" if mode else "sdpa")
         return self
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The classes that FSDP divides one by one: the blocks.
+
+        Not the embeddings, which transformers names too: they are also looked up outside their module.
+        """
+        try:
+            return sorted({type(block_list(plain_model(tower))[1][0]).__name__ for tower in self.towers.values()})
+        except InputError:
+            return []
+
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
 
