@@ -285,7 +285,9 @@ def fetch_files(repo: str, config: str, revision: str | None) -> list[SourceFile
         for path in paths:
             known = hub.info(path)
             content = (known.get("lfs") or {}).get("sha256") or known.get("blob_id")
-            opened = partial(hub.open, path, "rb", block_size=_HUB_READ_AHEAD)
+            # Readers of parquet know which bytes they want; lines come one after the other.
+            cache = {"cache_type": "none"} if file_kind(path) == ".parquet" else {"block_size": _HUB_READ_AHEAD}
+            opened = partial(hub.open, path, "rb", **cache)
             files.append(SourceFile(path, opened, content or [path, known["size"]]))
         return files
 

@@ -8,8 +8,10 @@ end; of JSON lines an index is made in one pass and kept in the cache folder.
 from __future__ import annotations
 
 import gzip
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -65,6 +67,27 @@ class RowFile(ABC):
         self.name, self.open_file, self.key, self.cache_dir = name, open_file, key, cache_dir
         self.columns, self.units = self._look()
 
+    @contextmanager
+    def reading(self) -> Iterator[IO[bytes]]:
+        """The opened file; what goes wrong with it becomes an [`InputError`]."""
+        import pyarrow as pa
+
+        broken = (pa.ArrowException, EOFError, zlib.error, gzip.BadGzipFile)
+        try:
+            with self.open_file() as stream:
+                yield stream
+        except InputError:
+            raise
+        except broken as error:
+            cure = "Copy or upload the file again"
+            raise InputError(f"cannot be read ({str(error).strip()})", where=self.name, cure=cure) from error
+        except OSError as error:  # also what the Hub's client raises, after it has tried for a while
+            raise InputError(
+                f"cannot be read ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''})",
+                where=self.name,
+                cure="Check the path or the network, and start again: training goes on from its last checkpoint",
+            ) from error
+
     @abstractmethod
     def _look(self) -> tuple[list[str], list[Unit]]:
         """The names of the columns and the units."""
@@ -78,45 +101,31 @@ class ParquetRows(RowFile):
     """A parquet file; its units are row groups."""
 
     def _look(self) -> tuple[list[str], list[Unit]]:
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        try:
-            with self.open_file() as stream:
-                file = pq.ParquetFile(stream)
-                self._metadata = file.metadata
-                units, first = [], 1
-                for group in range(file.num_row_groups):
-                    rows = file.metadata.row_group(group).num_rows
-                    if rows:
-                        units.append(Unit(group, first, rows, _most_positives(file, group)))
-                    first += rows
-                return list(file.schema_arrow.names), units
-        except pa.ArrowException as error:
-            raise self._unreadable(error) from None
+        with self.reading() as stream:
+            file = pq.ParquetFile(stream)
+            self._metadata = file.metadata
+            units, first = [], 1
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if rows:
+                    units.append(Unit(group, first, rows, _most_positives(file, group)))
+                first += rows
+            return list(file.schema_arrow.names), units
 
     def blocks(self, unit: Unit, start: int, columns: Sequence[str]) -> Iterator[Block]:
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        try:
-            with self.open_file() as stream:
-                file = pq.ParquetFile(stream, metadata=self._metadata)
-                first = unit.first
-                for batch in file.iter_batches(READ_ROWS, row_groups=[unit.place], columns=list(columns)):
-                    end = first + batch.num_rows
-                    skipped = min(max(unit.first + start - first, 0), batch.num_rows)
-                    if skipped < batch.num_rows:
-                        kept = batch.slice(skipped)
-                        yield Block({name: kept.column(name) for name in columns}, self.name, first + skipped, "row")
-                    first = end
-        except pa.ArrowException as error:
-            raise self._unreadable(error) from None
-
-    def _unreadable(self, error: Exception) -> InputError:
-        return InputError(
-            f"not a readable parquet file ({error})", where=self.name, cure="Copy or upload the file again"
-        )
+        with self.reading() as stream:
+            file = pq.ParquetFile(stream, metadata=self._metadata)
+            first = unit.first
+            for batch in file.iter_batches(READ_ROWS, row_groups=[unit.place], columns=list(columns)):
+                skipped = max(unit.first + start - first, 0)
+                if skipped < batch.num_rows:
+                    kept = batch.slice(skipped)
+                    yield Block({name: kept.column(name) for name in columns}, self.name, first + skipped, "row")
+                first += batch.num_rows
 
 
 def _most_positives(file: pq.ParquetFile, group: int) -> int:
@@ -136,7 +145,7 @@ class JsonRows(RowFile):
     """A file with one JSON object a line, perhaps compressed; its units are found by an index of offsets."""
 
     def _look(self) -> tuple[list[str], list[Unit]]:
-        with self.open_file() as raw:
+        with self.reading() as raw:
             self._compressed = raw.read(2) == b"\x1f\x8b"
         digits = fingerprint(["lines", self.key, _LINES_OF_A_UNIT])
         path = cache_folder(self.cache_dir) / "data" / "lines" / f"{digits}.json"
@@ -149,8 +158,8 @@ class JsonRows(RowFile):
     def _index(self) -> dict[str, Any]:
         columns: dict[str, None] = {}
         units: list[list[int]] = []
-        with self._stream() as stream:
-            offset = 0
+        with self.reading() as file:
+            stream, offset = self._plain(file), 0
             for number, line in enumerate(stream, start=1):
                 if line.strip():
                     record = self._record(line, number)
@@ -166,7 +175,8 @@ class JsonRows(RowFile):
         return {"columns": list(columns), "units": units}
 
     def blocks(self, unit: Unit, start: int, columns: Sequence[str]) -> Iterator[Block]:
-        with self._stream() as stream:
+        with self.reading() as file:
+            stream = self._plain(file)
             stream.seek(unit.place)
             filled = ((number, line) for number, line in enumerate(stream, start=unit.first) if line.strip())
             rows = islice(filled, start, unit.rows)
@@ -179,8 +189,7 @@ class JsonRows(RowFile):
     def _record(self, line: bytes, number: int) -> dict[str, Any]:
         return json_record(decode_line(line, number, self.name), f"{self.name}, line {number}")
 
-    def _stream(self) -> IO[bytes]:
-        file = self.open_file()
+    def _plain(self, file: IO[bytes]) -> IO[bytes]:
         return gzip.GzipFile(fileobj=file) if self._compressed else file
 
 
