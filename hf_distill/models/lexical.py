@@ -1,8 +1,8 @@
 """Lexical retrieval: a text becomes weights of vocabulary terms (SPLADE-max), which an inverted index serves.
 
-Formal et al., "SPLADE v2: Sparse Lexical and Expansion Model for Information Retrieval" (2021), equations 3 and 6: with
-z the masked-LM logits of a text's tokens, the weight of term v is max over tokens of log(1 + relu(z_v)). LED and LexMAE
-use the same and differ in which tokens take part.
+Formal et al., "SPLADE v2: Sparse Lexical and Expansion Model for Information Retrieval" (2021), equations 3 and 6:
+with z the masked-LM logits of a text's tokens, the weight of term v is max over tokens of log(1 + relu(z_v)). LED and
+LexMAE use the same and differ in which tokens take part.
 """
 
 from __future__ import annotations

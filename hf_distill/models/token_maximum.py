@@ -1,9 +1,9 @@
 """The largest masked-LM logit of every vocabulary term over a text's tokens, without holding all logits.
 
-A batch of 264 passages of 128 tokens has a thousand million logits. Of these a lexical representation keeps the maximum
-over the tokens, so they are made a few texts at a time and thrown away; what is remembered is which token was the
-largest. The gradient of a maximum flows into that token alone: the backward pass is two products with a matrix that has
-one cell for each term whose gradient is not zero, and no logit is computed again.
+A batch of 264 passages of 128 tokens has a thousand million logits. Of these a lexical representation keeps the
+maximum over the tokens, so they are made a few texts at a time and thrown away; what is remembered is which token was
+the largest. The gradient of a maximum flows into that token alone: the backward pass is two products with a matrix
+that has one cell for each term whose gradient is not zero, and no logit is computed again.
 """
 
 from __future__ import annotations

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_matrix, vstack
 
 from ..console import progress
 from ..errors import InputError
 from ..files import fingerprint
-from ..models.dense import DenseRetriever
+from ..models.base import RetrievalModel
 from .inference import InferenceModel
 from .shards import ShardedJob, default_shard_rows, write_array
-from .store import STORAGES, EmbeddingStore
+from .sparse_store import SparseStore, write_rows
+from .store import STORAGES, EmbeddingStore, VectorStore
 
 
 if TYPE_CHECKING:
@@ -29,13 +31,13 @@ ENCODE_VERSION = 1
 _BLOCK_TEXTS = 8192
 
 
-def as_inference_model(model: DenseRetriever | InferenceModel, **settings: Any) -> InferenceModel:
+def as_inference_model(model: RetrievalModel | InferenceModel, **settings: Any) -> InferenceModel:
     """`model` itself if it is prepared already, else its copy for inference."""
     return model if isinstance(model, InferenceModel) else InferenceModel(model, **settings)
 
 
 def encode_texts(
-    model: DenseRetriever | InferenceModel,
+    model: RetrievalModel | InferenceModel,
     texts: Sequence[str],
     kind: str = "passage",
     *,
@@ -43,7 +45,7 @@ def encode_texts(
     token_budget: int | None = None,
     device: str | torch.device | None = None,
     show_progress: bool = False,
-) -> np.ndarray:
+) -> np.ndarray | csr_matrix:
     """Vectors of texts, in memory.
 
     Args:
@@ -56,24 +58,29 @@ def encode_texts(
         show_progress: Whether to show a bar.
 
     Returns:
-        `float32[len(texts), D]`.
+        `float32[len(texts), D]`; of a lexical model `scipy.sparse.csr_matrix[len(texts), V]`.
     """
     _check_kind(kind)
     inference = as_inference_model(model, dtype=dtype, device=device, token_budget=token_budget)
+    sparse = inference.representation == "sparse"
     if not len(texts):
-        return np.empty((0, inference.model.embedding_size), np.float32)
+        empty = np.empty((0, inference.model.embedding_size), np.float32)
+        return csr_matrix(empty) if sparse else empty
+    run = inference.encode_sparse if sparse else inference.encode
     parts = []
     bar = progress(total=len(texts), label=f"encode {kind}", unit="text") if show_progress else None
     for start in range(0, len(texts), _BLOCK_TEXTS):
         features = inference.processor.encode(texts[start : start + _BLOCK_TEXTS], kind)
-        parts.append(inference.encode(features, kind, bar.update if bar is not None else None))
+        parts.append(run(features, kind, bar.update if bar is not None else None))
     if bar is not None:
         bar.close()
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if len(parts) == 1:
+        return parts[0]
+    return vstack(parts, format="csr") if sparse else np.concatenate(parts)
 
 
 def encode_table(
-    model: DenseRetriever | InferenceModel,
+    model: RetrievalModel | InferenceModel,
     table: TextTable,
     kind: str,
     *,
@@ -83,7 +90,7 @@ def encode_table(
     storage: str = "float32",
     cache_dir: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
-) -> EmbeddingStore:
+) -> VectorStore:
     """Vectors of all rows of a table, made once and found again.
 
     They are kept under a key of the weights, the texts and every setting, never of a name: the same weights in another
@@ -100,8 +107,12 @@ def encode_table(
         storage: `"float32"` or `"float16"`: how vectors are kept on disk.
         cache_dir: Instead of the default cache folder.
         device: Where to run.
+
+    Returns:
+        An [`EmbeddingStore`]; of a lexical model a [`SparseStore`].
     """
     inference = as_inference_model(model, dtype=dtype, device=device, token_budget=token_budget)
+    sparse = inference.representation == "sparse"
     job, rows = encode_job(inference, table, kind, shard_rows, storage, cache_dir)
 
     def positions(shard: int) -> np.ndarray:
@@ -112,7 +123,10 @@ def encode_table(
 
     def write(shard: int, path: Path, features: list[list[int]] | None = None) -> None:
         features = tokenise(shard) if features is None else features
-        write_array(path, inference.encode(features, kind, job.advance).astype(storage))
+        if sparse:
+            write_rows(path, inference.encode_sparse(features, kind, job.advance), storage)
+        else:
+            write_array(path, inference.encode(features, kind, job.advance).astype(storage))
 
     job.run(
         write,
@@ -122,7 +136,7 @@ def encode_table(
         # On a CPU both would compete for the same cores.
         prepare=tokenise if inference.device.type != "cpu" else None,
     )
-    return EmbeddingStore(job.folder)
+    return SparseStore(job.folder) if sparse else EmbeddingStore(job.folder)
 
 
 def encode_job(
@@ -137,7 +151,7 @@ def encode_job(
     _check_kind(kind)
     if storage not in STORAGES:
         raise InputError(f"{storage!r} is not a storage", where="storage", cure="Use float32 or float16")
-    if not isinstance(inference._source, DenseRetriever):
+    if inference.representation not in ("dense", "sparse"):
         raise InputError(
             "a cross-encoder has no embeddings", where="encoding", cure="Use score_rows or rerank with it"
         )
@@ -153,8 +167,12 @@ def encode_job(
         "shard_rows": rows,
         "storage": storage,
     }
+    sparse = inference.representation == "sparse"
+    if sparse:
+        key["terms"] = inference._source.embedding_size
     info = {"model": str(inference._source.name_or_path or ""), "texts": table.where}
-    return ShardedJob.cached("embeddings", key, -(-len(table) // rows), cache_dir, info=info), rows
+    options = {"info": info, **({"suffix": SparseStore.suffix} if sparse else {})}
+    return ShardedJob.cached("embeddings", key, -(-len(table) // rows), cache_dir, **options), rows
 
 
 def model_identity(inference: InferenceModel) -> dict[str, Any]:

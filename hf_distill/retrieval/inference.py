@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_matrix, vstack
 from torch import nn
 
 from ..console import get_logger
@@ -128,6 +129,11 @@ class InferenceModel:
         self._key: dict[str, Any] | None = None
 
     @property
+    def representation(self) -> str:
+        """What the model makes of texts, see [`RetrievalModel`]."""
+        return self._source.representation
+
+    @property
     def model(self) -> RetrievalModel:
         """The copy, made when it is first needed: work that is all in the cache needs none."""
         if self._model is None:
@@ -177,6 +183,29 @@ class InferenceModel:
         """
         return self._run(features, token_types, self.model.score_chunk, advance)
 
+    def encode_sparse(
+        self, features: Sequence[Sequence[int]], kind: str, advance: Callable[[int], None] | None = None
+    ) -> csr_matrix:
+        """Term weights of tokenised texts, `scipy.sparse.csr_matrix[n, V]`, of a [`LexicalRetriever`].
+
+        Args:
+            features: Token ids, as `processor.encode(texts, kind)` returns them.
+            kind: `"query"` or `"passage"`.
+            advance: Called with the number of texts after every batch.
+        """
+        parts, order = [], []
+        for batch, weights in self._outputs(features, None, lambda chunk: self.model.encode(chunk, kind)):
+            rows, terms = weights.nonzero(as_tuple=True)
+            values = weights[rows, terms].cpu().numpy()
+            self._check_finite(values)
+            ends = torch.bincount(rows, minlength=len(batch)).cumsum(0).cpu().numpy()
+            indptr, terms = np.concatenate([[0], ends]), terms.to(torch.int32).cpu().numpy()
+            parts.append(csr_matrix((values, terms, indptr), shape=tuple(weights.shape)))
+            order.append(batch)
+            if advance is not None:
+                advance(len(batch))
+        return vstack(parts, format="csr")[np.argsort(np.concatenate(order))]
+
     def _run(
         self,
         features: Sequence[Sequence[int]],
@@ -184,44 +213,57 @@ class InferenceModel:
         forward: Callable[[dict[str, torch.Tensor]], torch.Tensor],
         advance: Callable[[int], None] | None,
     ) -> np.ndarray:
+        result: torch.Tensor | None = None
+        for batch, output in self._outputs(features, token_types, forward):
+            if result is None:
+                result = torch.empty((len(features), *output.shape[1:]), dtype=torch.float32, device=self.device)
+            # Kept on the device, so that a GPU never waits for a copy.
+            result[torch.from_numpy(batch).to(self.device)] = output
+            if advance is not None:
+                advance(len(batch))
+        values = result.cpu().numpy()
+        self._check_finite(values)
+        return values
+
+    def _outputs(
+        self,
+        features: Sequence[Sequence[int]],
+        token_types: Sequence[Sequence[int]] | None,
+        forward: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """Positions of the texts of every batch, and what the model makes of them."""
+        if not len(features):
+            raise InputError("no texts", where="encoding", cure="Give at least one")
         lengths = np.fromiter(map(len, features), dtype=np.int64, count=len(features))
         fill, left = self.processor.pad_token_id, self.processor.padding_side == "left"
         asynchronous = self.device.type == "cuda"
-        result: torch.Tensor | None = None
-        with torch.inference_mode():
-            for batch in plan_batches(lengths, self.token_budget):
-                rows = batch.tolist()
-                columns = np.arange(lengths[batch[0]])
-                if left:
-                    columns = columns[::-1]
-                arrays = {
-                    "input_ids": pad_batch([features[row] for row in rows], fill, left),
-                    "attention_mask": (columns < lengths[batch][:, None]).astype(np.int64),
-                }
-                if token_types is not None:
-                    arrays["token_type_ids"] = pad_batch([token_types[row] for row in rows], 0, left)
-                chunk = {name: torch.from_numpy(array) for name, array in arrays.items()}
-                if asynchronous:
-                    chunk = {name: one.pin_memory().to(self.device, non_blocking=True) for name, one in chunk.items()}
-                elif self.device.type != "cpu":
-                    chunk = {name: one.to(self.device) for name, one in chunk.items()}
+        for batch in plan_batches(lengths, self.token_budget):
+            rows = batch.tolist()
+            columns = np.arange(lengths[batch[0]])
+            if left:
+                columns = columns[::-1]
+            arrays = {
+                "input_ids": pad_batch([features[row] for row in rows], fill, left),
+                "attention_mask": (columns < lengths[batch][:, None]).astype(np.int64),
+            }
+            if token_types is not None:
+                arrays["token_type_ids"] = pad_batch([token_types[row] for row in rows], 0, left)
+            chunk = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            if asynchronous:
+                chunk = {name: one.pin_memory().to(self.device, non_blocking=True) for name, one in chunk.items()}
+            elif self.device.type != "cpu":
+                chunk = {name: one.to(self.device) for name, one in chunk.items()}
+            with torch.inference_mode():
                 output = forward(chunk)
-                if result is None:
-                    result = torch.empty((len(features), *output.shape[1:]), dtype=torch.float32, device=self.device)
-                # Kept on the device, so that a GPU never waits for a copy.
-                result[torch.from_numpy(batch).to(self.device)] = output
-                if advance is not None:
-                    advance(len(rows))
-        if result is None:
-            raise InputError("no texts", where="encoding", cure="Give at least one")
-        values = result.cpu().numpy()
+            yield batch, output
+
+    def _check_finite(self, values: np.ndarray) -> None:
         if not np.isfinite(values).all():
             raise InputError(
                 f"the model's outputs are not finite in {self.dtype}",
                 where=str(self._source.name_or_path or type(self._source).__name__),
                 cure="Use dtype float32; if it happens there too, the weights are broken",
             )
-        return values
 
 
 def _inference_copy(model: RetrievalModel, dtype: torch.dtype, device: torch.device) -> RetrievalModel:

@@ -20,7 +20,68 @@ if TYPE_CHECKING:
 STORAGES = ("float32", "float16")
 
 
-class EmbeddingStore:
+class VectorStore:
+    """What stores of one vector for each row of a table have in common: a folder of shards and its manifest."""
+
+    folder: Path
+    key: dict[str, Any]
+    dim: int
+    # Ending of the shards' names.
+    suffix = ".npy"
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} x {self.dim} in {self.folder})"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self), self.dim
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of what the vectors were made from."""
+        return fingerprint(self.key)
+
+    def _read_manifest(self) -> list[Path]:
+        """Reads `key`; the paths of all shards."""
+        try:
+            manifest = read_json(self.folder / MANIFEST)
+            self.key = manifest["key"]
+            count = int(self.key["num_shards"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"no store of embeddings ({error})",
+                where=str(self.folder / MANIFEST),
+                cure="Give a folder that encode_table or EmbeddingStore.write made, or one .npy file",
+            ) from None
+        paths = [self.folder / f"shard-{number:05d}{self.suffix}" for number in range(count)]
+        missing = [path.name for path in paths if not path.exists()]
+        if missing:
+            raise InputError(
+                f"{len(missing)} of {count} shards are missing ({missing[0]}, ...)",
+                where=str(self.folder),
+                cure="Run the command that makes it again; it goes on where it stopped",
+            )
+        return paths
+
+    def _check(self, table: TextTable) -> None:
+        if len(self) != len(table):
+            raise InputError(
+                f"{len(self)} vectors for {len(table)} {table.noun} of {table.where}",
+                where=str(self.folder),
+                cure="Give the embeddings of this collection",
+            )
+        if self.key.get("table", table.fingerprint) != table.fingerprint:
+            raise InputError(
+                f"made from other {table.noun} than those of {table.where} (the fingerprints differ)",
+                where=str(self.folder),
+                cure="Give the embeddings of this collection",
+            )
+
+
+class EmbeddingStore(VectorStore):
     """One vector for each row of a table; only what is asked for is read from disk.
 
     Args:
@@ -91,13 +152,6 @@ class EmbeddingStore:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __repr__(self) -> str:
-        return f"EmbeddingStore({len(self)} x {self.dim} in {self.folder})"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self), self.dim
-
     @property
     def dtype(self) -> np.dtype:
         """float32 or float16: how the vectors are stored."""
@@ -107,7 +161,7 @@ class EmbeddingStore:
     def fingerprint(self) -> str:
         """16 hexadecimal digits of what the vectors were made from."""
         if self.key:
-            return fingerprint(self.key)
+            return super().fingerprint
         status = self.folder.stat()
         return fingerprint([str(self.folder.resolve()), status.st_size, status.st_mtime_ns])
 
@@ -140,41 +194,6 @@ class EmbeddingStore:
         """All vectors as pairs *(first row, float32[at most `rows`, D])*."""
         for start in range(0, len(self), rows):
             yield start, self.rows(start, start + rows)
-
-    def _read_manifest(self) -> list[Path]:
-        try:
-            manifest = read_json(self.folder / MANIFEST)
-            self.key = manifest["key"]
-            count = int(self.key["num_shards"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"no store of embeddings ({error})",
-                where=str(self.folder / MANIFEST),
-                cure="Give a folder that encode_table or EmbeddingStore.write made, or one .npy file",
-            ) from None
-        paths = [self.folder / f"shard-{number:05d}.npy" for number in range(count)]
-        missing = [path.name for path in paths if not path.exists()]
-        if missing:
-            raise InputError(
-                f"{len(missing)} of {count} shards are missing ({missing[0]}, ...)",
-                where=str(self.folder),
-                cure="Run the command that makes it again; it goes on where it stopped",
-            )
-        return paths
-
-    def _check(self, table: TextTable) -> None:
-        if len(self) != len(table):
-            raise InputError(
-                f"{len(self)} vectors for {len(table)} {table.noun} of {table.where}",
-                where=str(self.folder),
-                cure="Give the embeddings of this collection",
-            )
-        if self.key.get("table", table.fingerprint) != table.fingerprint:
-            raise InputError(
-                f"made from other {table.noun} than those of {table.where} (the fingerprints differ)",
-                where=str(self.folder),
-                cure="Give the embeddings of this collection",
-            )
 
 
 def _open(path: Path) -> np.ndarray:

@@ -69,7 +69,8 @@ class DistillTrainer(RetrievalTrainer):
             self._look_at_scores()
 
     def default_losses(self) -> list[dict[str, Any]]:
-        return [{"name": "kl", "candidates": "own" if self.ranks_pairs else self.primary.candidate_sets[-1]}]
+        candidates = "own" if self.ranks_pairs else self.primary.candidate_sets[-1]
+        return [{"name": "kl", "candidates": candidates}, *self.regulariser()]
 
     def teacher_of(self, term: LossTerm) -> Teacher:
         """The teacher that a term follows."""

@@ -128,8 +128,11 @@ class RetrievalTrainer(BaseTrainer):
 
     def default_losses(self) -> list[dict[str, Any]]:
         contrastive = {"name": "contrastive", "candidates": "own" if self.ranks_pairs else "global"}
-        # A lexical model that nothing keeps sparse cannot be served; the weight is that of LED's lexical model.
-        return [contrastive, {"name": "flops", "weight": 8e-4}] if self.is_lexical else [contrastive]
+        return [contrastive, *self.regulariser()]
+
+    def regulariser(self) -> list[dict[str, Any]]:
+        """Of a lexical model, which could not be served if nothing kept it sparse; weighted as LED's is."""
+        return [{"name": "flops", "weight": 8e-4}] if self.is_lexical else []
 
     def prepare_model(self, model: RetrievalModel, terms: Mapping[str, LossTerm], seed: int) -> None:
         """Adds to the model what the terms need beside it; nothing here."""
@@ -137,7 +140,7 @@ class RetrievalTrainer(BaseTrainer):
     def loss_parts(self, model: RetrievalModel, output: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         student = BatchScores(model, output, batch)
         if self.is_lexical:
-            self.note(active_terms(output))
+            self.note(active_terms(output, batch))
         step, total = self.state.global_step, self.state.max_steps
         return {
             label: self.term_value(term, student) * term.weight_at(step, total) for label, term in self.terms.items()

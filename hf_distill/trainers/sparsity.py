@@ -1,0 +1,83 @@
+"""What a training of lexical models adds: the FLOPS regulariser of a batch, and a look at how sparse the model is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..console import get_logger
+from ..distributed import sum_over_processes, world_size
+from ..errors import InputError
+from ..losses.combine import LossTerm
+
+
+logger = get_logger(__name__)
+
+
+def sparsity(term: LossTerm, output: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+    """The regulariser of the joint batch of all processes; averaging processes averages its gradients rightly.
+
+    Args:
+        term: A term on `representations`.
+        output: What the student's forward returned.
+        batch: The collator's batch.
+    """
+    counts = {f"{kind}_counts": _counts(output, batch, kind) for kind in ("query", "passage")}
+    return term.loss.function(output.query, output.passage, **term.options, **counts, reduce=mean_over_processes)
+
+
+def _counts(output: Any, batch: Mapping[str, Any], kind: str) -> torch.Tensor:
+    """How often each distinct text stands in the batch."""
+    return torch.bincount(batch[f"{kind}_index"], minlength=len(getattr(output, kind)))
+
+
+def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """The mean over processes, whose gradient flows into the local values as if each process had all of them.
+
+    With m the mean of the processes' values m_r, a loss L(m) has the gradient L'(m)/W in each m_r. Here it is L'(m),
+    and the averaging of the processes' gradients divides by W.
+    """
+    if world_size() == 1:
+        return values
+    return values + (sum_over_processes(values) / world_size() - values.detach())
+
+
+def active_terms(output: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """How sparse the representations of the joint batch are.
+
+    Returns:
+        `active_terms_query` and `active_terms_passage`, terms above 0 of a text on average, and `expected_flops`, the
+        products that scoring a query with a passage takes on average if their terms were independent.
+    """
+    shares = []
+    for kind in ("query", "passage"):
+        counts = _counts(output, batch, kind).float()
+        shares.append(mean_over_processes(counts @ (getattr(output, kind).detach() > 0).float() / counts.sum()))
+    return {
+        "active_terms_query": shares[0].sum(),
+        "active_terms_passage": shares[1].sum(),
+        "expected_flops": shares[0] @ shares[1],
+    }
+
+
+def look_at_sparsity(logs: Mapping[str, float], terms: Mapping[str, LossTerm], step: int) -> None:
+    """Warns of a model without terms; raises [`InputError`] where logits are no numbers."""
+    broken = [name for name in terms if not math.isfinite(logs.get(name, 0.0))]
+    if broken:
+        raise InputError(
+            f"the model's logits are not finite: {', '.join(broken)} at step {step}",
+            where="training",
+            cure="Go back to the last checkpoint with a smaller learning rate, or train in float32 or bfloat16",
+        )
+    for kind in ("query", "passage"):
+        if logs[f"active_terms_{kind}"] < 1:
+            logger.warning(
+                "step %d: a %s has %.2f active terms on average, so nothing can be found: lower the weight of the "
+                "flops term, or let it grow more slowly (ramp_steps).",
+                step,
+                kind,
+                logs[f"active_terms_{kind}"],
+            )
