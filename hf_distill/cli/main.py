@@ -21,6 +21,7 @@ VERBS = {
     "train": "Train a bi-encoder or a cross-encoder on labelled rows.",
     "mine": "Find hard negatives and write them as a row set.",
     "score": "Write a teacher's scores into a row set.",
+    "select": "Keep the rows whose query satisfies a rule on the ranks of student and teacher.",
     "evaluate": "Measure models, BM25 or runs on a collection.",
     "compare": "Say which differences between runs are more than chance.",
     "reproduce": "Print or run the command that made a model or data set, and compare.",

@@ -196,6 +196,30 @@ class ScoreOptions:
 
 
 @dataclass
+class SelectOptions:
+    """Which queries are kept."""
+
+    _argument_group_name = "selection"
+
+    rows: str | None = _option(
+        None, "The student's results with a teacher's scores: a row set's name in the collection, or a folder."
+    )
+    rule: str = _option(
+        "2 <= student <= 15 and teacher == 1",
+        "Condition on the ranks of the first positive in the order of student and teacher (`scores_NAME`: NAME).",
+    )
+    teacher_column: str | None = _option(
+        None, "The only column of scores the rule speaks of, as teacher. Default: scores is teacher, scores_NAME NAME."
+    )
+    keep_negatives: int = _option(100, "Negatives kept for each query, the student's best first; 0 means all.")
+    answers: str | None = _option(
+        None, 'JSON lines {"query_id", "answers"}: passages that hold an answer count as positives in the ranks.'
+    )
+    fewest: int = _option(1, "Fewer queries than this are an error.")
+    output_dir: str | None = _option(None, "Folder for the selected rows.")
+
+
+@dataclass
 class EvaluateOptions:
     """What to measure."""
 
@@ -303,3 +327,33 @@ class RecipeOptions:
     until_stage: str | None = _option(None, "End with this stage. Short: --until.")
     dry_run: bool = _option(False, "Check everything, print the plan with its estimate, and stop.")
     output_dir: str | None = _option(None, "Folder of the run. Default: outputs/NAME-PROFILE.")
+
+
+@dataclass
+class ConvertOptions:
+    """What to convert, and into which folder."""
+
+    _argument_group_name = "conversion"
+
+    input: list[str] | None = _option(
+        None,
+        "Files, folders or Hub ids. Where a file does not show what it is, say it: corpus=FILE, titles=FILE, "
+        "queries=FILE, qrels:dev=FILE, negatives:bm25=FILE, triples=FILE, run=FILE, scores=FILE.",
+    )
+    output_dir: str | None = _option(None, "A new or empty folder.")
+    format: str = _option("auto", "What inputs are that do not say so, tevatron or hard_negatives for example.")
+    revision: str | None = _option(None, "Branch, tag or commit of inputs on the Hub.")
+    name: str | None = _option(None, "The collection's name. Default: after the input.")
+    corpus_columns: str | None = _option(
+        None, "The fields of a file of passages without a header: 'document_id,text,title'. Default: by their number."
+    )
+    unknown_ids: str = _option(
+        "error", "Judgements and rows of unknown queries or documents: stop, or leave them out.",
+        choices=["error", "drop"],
+    )  # fmt: skip
+    allow_pickle: bool = _option(
+        False, "Read pickles of scores or negatives. Nothing in them is run: all but numbers and strings is refused."
+    )
+    cache_dir: str | None = _option(
+        None, "Where scores and lines that have to be ordered are kept. Default: beside the output, until it is done."
+    )

@@ -78,6 +78,15 @@ register_kind(
 )
 register_kind(
     StageKind(
+        "select",
+        1,
+        ROWS,
+        {"data": COLLECTION, "rows": ROWS, "answers": RUN},
+        (("data",), ("rows",)),
+    )
+)
+register_kind(
+    StageKind(
         "distill",
         1,
         MODEL,
