@@ -15,6 +15,7 @@ from hf_distill.data import schema
 from hf_distill.data.arrow import build_once
 from hf_distill.data.qrels import Qrels
 from hf_distill.data.readers import Block
+from hf_distill.data.row_columns import is_row_block
 from hf_distill.data.run import mark_doubled
 from hf_distill.data.sources import HubSource, LocalSource, open_source
 from hf_distill.data.tables import CACHE_VERSION, Corpus, Queries, TextTable
@@ -25,6 +26,7 @@ from hf_distill.provenance import note_source
 
 
 if TYPE_CHECKING:
+    from hf_distill.data.formats.opening import Source
     from hf_distill.data.rows import RowSet
     from hf_distill.data.streaming import StreamedRows
 
@@ -54,7 +56,7 @@ class Collection:
     source: str = "memory"
     revision: str | None = None
     row_sets: tuple[str, ...] = ()
-    _opened: LocalSource | HubSource | None = field(default=None, repr=False)
+    _opened: Any = field(default=None, repr=False)
     _cache_dir: str | os.PathLike | None = field(default=None, repr=False)
 
     @property
@@ -148,8 +150,9 @@ def load_collection(
     Read are our own layout (configs `queries`, `corpus`, `qrels`, row sets; as folders of parquet, JSON lines, TSV or
     CSV, or as a Hub repository), BEIR folders (`corpus.jsonl`, `queries.jsonl`, each also `.gz`, `qrels/<split>.tsv`),
     and on the Hub `mteb/<name>` (configs `corpus`, `queries`, `default` or `qrels`) and `BeIR/<name>` with its
-    judgements in `BeIR/<name>-qrels`. Everything is parsed once into memory-mapped Arrow under the cache folder,
-    keyed by the content of the files, and checked on the way.
+    judgements in `BeIR/<name>-qrels`. Folders of MS MARCO's files, Tevatron's JSON lines and lists of negatives are
+    known by their files (docs/formats.md), also in repositories that are loading scripts. Everything is parsed once
+    into memory-mapped Arrow under the cache folder, keyed by the content of the files, and checked on the way.
 
     Args:
         source: A folder, else a Hub id.
@@ -167,7 +170,9 @@ def load_collection(
     """
     if unknown_ids not in ("error", "drop"):
         raise InputError(f"{unknown_ids!r} is not a choice", where="unknown_ids", cure="Use 'error' or 'drop'")
-    opened = open_source(source, revision, cache_dir)
+    from hf_distill.data.formats.opening import open_collection
+
+    opened = open_collection(source, revision, cache_dir)
     corpus_config = _config(opened, schema.CORPUS_CONFIGS)
     queries_config = _config(opened, schema.QUERIES_CONFIGS)
     corpus = _table(Corpus, opened, corpus_config, cache_dir)
@@ -203,7 +208,7 @@ def load_collection(
     return collection
 
 
-def _config(opened: LocalSource | HubSource, names: Sequence[str]) -> str:
+def _config(opened: Source, names: Sequence[str]) -> str:
     for name in names:
         if name in opened.configs():
             return name
@@ -218,7 +223,7 @@ def _config(opened: LocalSource | HubSource, names: Sequence[str]) -> str:
     )
 
 
-def _table(kind: type[TextTable], opened: LocalSource | HubSource, config: str, cache_dir) -> Any:
+def _table(kind: type[TextTable], opened: Source, config: str, cache_dir) -> Any:
     splits = opened.splits(config)
 
     def blocks() -> Iterator[Block]:
@@ -229,16 +234,16 @@ def _table(kind: type[TextTable], opened: LocalSource | HubSource, config: str, 
     return kind.from_blocks(blocks(), key, where=opened.place(config), cache_dir=cache_dir)
 
 
-def _is_row_set(opened: LocalSource | HubSource, config: str) -> bool:
-    if isinstance(opened, HubSource):
-        return True  # looking inside would download it; `Collection.rows` does
+def _is_row_set(opened: Source, config: str) -> bool:
+    if not isinstance(opened, LocalSource):
+        return True  # looking inside would download it or read it; `Collection.rows` does
     try:
-        return schema.DOCUMENT_IDS in opened.columns(config)
+        return is_row_block(opened.columns(config))
     except InputError:  # some other file that lies there; if it is meant as a row set, `Collection.rows` tells
         return False
 
 
-def _qrels_config(opened, revision: str | None) -> tuple[LocalSource | HubSource, str | None]:
+def _qrels_config(opened, revision: str | None) -> tuple[Source, str | None]:
     for name in schema.QRELS_CONFIGS:
         if name in opened.configs() and (name == schema.QRELS or judges(opened.columns(name))):
             return opened, name

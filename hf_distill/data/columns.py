@@ -67,8 +67,8 @@ def rows_from_columns(
     - as many numbers as documents: the teacher's `scores`, but with `docs` whole numbers are relevance grades.
 
     Args:
-        source: A `datasets.Dataset` or `DatasetDict`, a file (`.jsonl`, `.csv`, `.tsv`, `.parquet`), a folder or a
-            Hub id.
+        source: A `datasets.Dataset` or `DatasetDict`, a file (`.jsonl`, `.csv`, `.tsv`, `.parquet`), a folder, a
+            Hub id, or a function that reads blocks from the start at every call.
         split: The split of a `DatasetDict`, folder or repository; also the name of the judgements' split.
         config: The config of a folder or repository, where it has several.
         revision: Branch, tag or commit on the Hub.
@@ -114,6 +114,8 @@ def rows_from_columns(
 
 def _open(source, split: str, config: str | None, revision: str | None, cache_dir):
     """A function that reads the blocks, from the start at every call, and the name for messages."""
+    if callable(source):
+        return source, next((block.where for block in source()), "blocks")
     if isinstance(source, dict):
         if split not in source:
             raise InputError(f"no split {split!r}", where="data set", cure=f"Its splits are: {', '.join(source)}")

@@ -17,8 +17,9 @@ from hf_distill.data import schema
 from hf_distill.data.arrow import BLOCK_ROWS, Column, ContentHash, build_once, open_arrow, write_arrow
 from hf_distill.data.lists import ListView, list_column
 from hf_distill.data.readers import Block
+from hf_distill.data.row_columns import is_row_block
 from hf_distill.data.rows_io import clean_rows, foreign_sides, write_rows
-from hf_distill.data.sources import HubSource, LocalSource
+from hf_distill.data.sources import LocalSource
 from hf_distill.data.tables import CACHE_VERSION, Corpus, Queries
 from hf_distill.errors import InputError
 from hf_distill.files import cache_folder, fingerprint, read_json, write_json
@@ -26,6 +27,7 @@ from hf_distill.files import cache_folder, fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
     from hf_distill.data.collection import Collection
+    from hf_distill.data.formats.opening import Source
 
 logger = get_logger(__name__)
 
@@ -163,6 +165,9 @@ class RowSet:
     ) -> RowSet:
         """Reads what `save` wrote (or any parquet or JSON lines file of that schema), checking every row.
 
+        A file, or a folder with one file, of a foreign format is read too: Tevatron's JSON lines, lists of negatives,
+        triples, runs (docs/formats.md).
+
         Raises:
             InputError: Unknown or doubled documents, columns of other lengths than `document_ids`, scores that are
                 not finite, more positives than documents; the message names file, row and field.
@@ -170,17 +175,24 @@ class RowSet:
         folder = Path(folder)
         if folder.name in ("", ".."):
             folder = folder.resolve()
-        if not folder.is_dir():
+        if not folder.exists():
             raise InputError("no such folder", where=str(folder), cure="Name the folder of a saved row set")
-        source = LocalSource(folder.parent, cache_dir, only=folder.name)
-        if not source.configs():
+        source = LocalSource(folder.parent, cache_dir, only=folder.name) if folder.is_dir() else None
+        named = source is not None and bool(source.configs())
+        if not named or not is_row_block(source.columns(folder.name)):
+            from hf_distill.data.formats.opening import open_rows
+
+            foreign = open_rows(folder, cache_dir)
+            if foreign is not None:
+                return cls.from_source(foreign, foreign.row_sets()[0], queries, corpus, cache_dir=cache_dir)
+        if not named:
             raise InputError("no file to read", where=str(folder), cure="A row set lies in .parquet or .jsonl files")
         return cls.from_source(source, folder.name, queries, corpus, cache_dir=cache_dir)
 
     @classmethod
     def from_source(
         cls,
-        source: LocalSource | HubSource,
+        source: Source,
         config: str,
         queries: Queries,
         corpus: Corpus,

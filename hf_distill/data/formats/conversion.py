@@ -17,7 +17,7 @@ from hf_distill.console import get_logger, progress
 from hf_distill.data import schema
 from hf_distill.data.cards import config_entry, join_card
 from hf_distill.data.collection import RESERVED_CONFIGS, judges
-from hf_distill.data.formats.opening import Source
+from hf_distill.data.formats.opening import Source, TextRows
 from hf_distill.data.formats.seen import Seen, hashes_of
 from hf_distill.data.formats.source import FormatSource
 from hf_distill.data.notes import Notes
@@ -114,8 +114,9 @@ def convert(
     if unknown_ids not in ("error", "drop"):
         raise InputError(f"{unknown_ids!r} is not a choice", where="unknown_ids", cure="Use 'error' or 'drop'")
     target = Path(output_dir).resolve()
-    parts = _parts(source)
-    key = fingerprint([_VERSION, [[part.config, part.stem, part.role, part.key] for part in parts], unknown_ids, name])
+    parts = _text_parts() if isinstance(source, TextRows) else _parts(source)
+    content = source.key() if isinstance(source, TextRows) else [[part.label, part.role, part.key] for part in parts]
+    key = fingerprint([_VERSION, content, unknown_ids, name])
     if (target / MANIFEST).exists() and read_json(target / MANIFEST).get("key") == key:
         logger.info("%s is there already, made from the same input", target)
         _recall(parts, read_json(target / MANIFEST)["parts"])
@@ -124,11 +125,17 @@ def convert(
         raise InputError(
             "the folder is not empty", where=str(target), cure="Name a new folder, or empty this one first"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(target.parent / f".{target.name}.converting.lock")
+    work = working_folder(target)
+    work.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(work.with_suffix(".lock"))
     try:
         with lock.acquire(timeout=0):
-            resumed = _work(source, parts, working_folder(target), target, key, unknown_ids == "drop", name)
+            resumed = _prepare(work, key)
+            if isinstance(source, TextRows):
+                _write_texts(source, parts, work, name)
+            else:
+                _write_parts(source, parts, work, name, drop=unknown_ids == "drop")
+            _publish(source, parts, work, target, key)
     except Timeout:
         raise InputError(
             "another conversion is writing this folder", where=str(target), cure="Wait for it, or name another folder"
@@ -143,26 +150,40 @@ def working_folder(output_dir: str | os.PathLike) -> Path:
     return target.parent / f".{target.name}.converting"
 
 
-def _work(source: Source, parts: list[Part], work: Path, target: Path, key: str, drop: bool, name: str | None) -> bool:
-    resumed = _prepare(work, key)
+def _write_parts(source: Source, parts: list[Part], work: Path, name: str | None, *, drop: bool) -> None:
     known: dict[str, Seen] = {}
     for part in parts:
         _write_part(part, work, known, drop)
     if not any(part.rows for part in parts):
         raise InputError("nothing in it to convert", where=source.where, cure="Check the files")
-    collection = name or source.name
-    (work / "README.md").write_text(_readme(parts, collection, source), encoding="utf-8")
+    (work / "README.md").write_text(_readme(parts, name or source.name, source), encoding="utf-8")
+
+
+def _write_texts(source: TextRows, parts: list[Part], work: Path, name: str | None) -> None:
+    """Rows of texts, whose equal texts are found in the cache before anything is written."""
+    from hf_distill.data.export import save_collection
+
+    collection, rows = source.read(name)
+    made = work / ".state" / "made"
+    shutil.rmtree(made, ignore_errors=True)
+    save_collection(collection, made, row_sets={"train": rows})
+    for entry in made.iterdir():
+        stale = work / entry.name
+        shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink(missing_ok=True)
+        os.replace(entry, stale)
+    sizes = (len(collection.corpus), len(collection.queries), sum(map(len, collection.qrels.values())), len(rows))
+    for part, size in zip(parts, sizes):
+        part.rows = size
+
+
+def _publish(source: Source, parts: list[Part], work: Path, target: Path, key: str) -> None:
     facts = {part.label: {"rows": part.rows, "columns": part.columns, "notes": part.notes.counts} for part in parts}
-    write_json(
-        work / MANIFEST,
-        {"key": key, "source": source.where, "revision": source.revision, "unknown_ids_dropped": drop, "parts": facts},
-    )
+    write_json(work / MANIFEST, {"key": key, "source": source.where, "revision": source.revision, "parts": facts})
     for leftover in (".state", ".cache"):
         shutil.rmtree(work / leftover, ignore_errors=True)
     if target.exists():
         target.rmdir()
     os.replace(work, target)
-    return resumed
 
 
 def _prepare(work: Path, key: str) -> bool:
@@ -218,6 +239,11 @@ def _parts(source: Source) -> list[Part]:
             f"nothing to convert ({source.looked_for()})", where=source.where, cure="Say what the files are"
         )
     return parts
+
+
+def _text_parts() -> list[Part]:
+    names = ((schema.CORPUS, schema.CORPUS), (schema.QUERIES, schema.QUERIES), (schema.QRELS, schema.QRELS))
+    return [Part(config, "train", role, lambda notes: iter(()), None) for config, role in (*names, ("train", "rows"))]
 
 
 def _part(source: Source, config: str, splits: Sequence[str], target: str, stem: str, role: str) -> Part:

@@ -50,7 +50,7 @@ def detect(path: Path, allow_pickle: bool = False) -> Input | None:
         return named(path, SCORES if isinstance(value, dict) else "pickled_negatives")
     kind = file_kind(path)
     if kind in (".jsonl", ".json", ".parquet", ".csv"):
-        found = _by_columns(_sample(path, kind), _stem(path))
+        found = by_columns(_sample(path, kind), _stem(path))
     elif kind == ".tsv" or _suffix(path) in _TEXT_SUFFIXES or (QRELS in path.name and _suffix(path) == ""):
         found = _by_line(path)
     else:
@@ -94,7 +94,13 @@ def check_name(name: str, where: str) -> str:
     return f"{cleaned}_rows" if cleaned in reserved else cleaned
 
 
-def _by_columns(sample: dict[str, Any], stem: str) -> str | None:
+def by_columns(sample: dict[str, Any], stem: str) -> str | None:
+    """The format that has such columns.
+
+    Args:
+        sample: The first value of each column.
+        stem: The file's name, which tells queries from passages.
+    """
     names = set(sample)
     if names & {"positive_passages", "negative_passages"}:
         return "tevatron"
@@ -119,7 +125,7 @@ def _by_line(path: Path) -> str | None:
     line = next(iter(first_lines(path)), "")
     fields = line.split(TAB) if TAB in line else line.split()
     if has_header(TAB.join(fields)) and fields:
-        found = _by_columns(dict.fromkeys(fields, ""), _stem(path))
+        found = by_columns(dict.fromkeys(fields, ""), _stem(path))
     else:
         stem = path.name.lower().removesuffix(".gz").removesuffix(".tsv").removesuffix(".txt")
         found = next((kind for kind, pattern in _BY_NAME if re.search(pattern, stem)), None)

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hf_distill.console import get_logger
 from hf_distill.data import schema
-from hf_distill.data.formats.detect import ROLES, detect, named, refuse_pickle, scan
-from hf_distill.data.formats.kinds import COLUMNS, CORPUS
+from hf_distill.data.columns import rows_from_columns
+from hf_distill.data.formats.detect import ROLES, by_columns, detect, named, refuse_pickle, scan
+from hf_distill.data.formats.kinds import COLUMNS, CORPUS, ROWS
 from hf_distill.data.formats.pickles import PICKLES, is_pickle
-from hf_distill.data.formats.source import FormatSource, Input
+from hf_distill.data.formats.source import FORMAT_VERSION, FormatSource, Input
+from hf_distill.data.formats.tables import TEXT_TRIPLES, table_blocks
+from hf_distill.data.readers import Block
 from hf_distill.data.sources import (
     DATA_FILES,
     HubSource,
     LoadingScriptError,
     LocalSource,
+    content_hash,
     fetch_data_files,
     is_hub_id,
     open_source,
@@ -26,12 +32,53 @@ from hf_distill.data.sources import (
 from hf_distill.errors import InputError
 
 
+if TYPE_CHECKING:
+    from hf_distill.data.collection import Collection
+    from hf_distill.data.rows import RowSet
+
 logger = get_logger(__name__)
 
 AUTO, COLLECTION = "auto", "collection"
 FORMATS = (AUTO, COLLECTION, *ROLES)
 
-Source = LocalSource | HubSource | FormatSource
+
+@dataclass
+class TextRows:
+    """A file whose rows hold texts; see `hf_distill.data.columns`.
+
+    Attributes:
+        path: The file.
+        cache_dir: Where texts are kept while they are compared.
+    """
+
+    path: Path
+    cache_dir: str | os.PathLike | None = None
+    revision: str | None = None
+
+    @property
+    def where(self) -> str:
+        """The file, for messages."""
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        """The collection's name."""
+        return re.sub(r"\W+", "_", self.path.name.split(".")[0]).strip("_") or "collection"
+
+    def key(self) -> Any:
+        """Identifies the content."""
+        return [FORMAT_VERSION, COLUMNS, content_hash(self.path, self.cache_dir)]
+
+    def blocks(self) -> Iterator[Block]:
+        """The rows, from the start."""
+        return table_blocks(Input(self.path, COLUMNS, "train"), {3: TEXT_TRIPLES}, "triples of texts")
+
+    def read(self, name: str | None = None) -> tuple[Collection, RowSet]:
+        """Queries, passages and rows, with each distinct text once."""
+        return rows_from_columns(self.blocks, name=name or self.name, cache_dir=self.cache_dir)
+
+
+Source = LocalSource | HubSource | FormatSource | TextRows
 
 _SPEC = re.compile(rf"({'|'.join(ROLES)})(?::([\w.\-]+))?=(.+)", re.DOTALL)
 
@@ -95,6 +142,13 @@ def open_inputs(
     for role, name, text in parsed:
         role = role if role is not None or format == AUTO else format
         inputs += _inputs(text, role, name, revision, allow_pickle, corpus_columns)
+    texts = [item for item in inputs if item.kind == COLUMNS]
+    if len(inputs) == 1 and texts:
+        return TextRows(texts[0].path, cache_dir)
+    if texts:
+        raise InputError(
+            "rows of texts beside other files", where=str(texts[0].path), cure="Convert this file by itself"
+        )
     first = Path(inputs[0].path)
     stem = first.parent if len(inputs) > 1 else first
     return FormatSource(
@@ -106,26 +160,26 @@ def open_inputs(
     )
 
 
-def open_rows(path: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> FormatSource:
-    """A file or folder that holds exactly one row set in a foreign format.
+def open_rows(path: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> FormatSource | None:
+    """A file or folder that holds exactly one row set in a foreign format; None where a folder holds none.
 
     Raises:
-        InputError: A pickle, or not exactly one row set.
+        InputError: A pickle, a file that is no row set, several row sets.
     """
     path = Path(path)
     inputs = list(scan(path)) if path.is_dir() else _inputs(str(path), None, None, None, False, None)
     source = FormatSource(inputs, path.name, str(path), cache_dir=cache_dir)
-    sets = [config for config in source.configs() if config not in (schema.CORPUS, schema.QUERIES, schema.QRELS)]
-    if len(sets) != 1:
-        for file in path.iterdir() if path.is_dir() else ():
-            if is_pickle(file):
-                raise refuse_pickle(file)
-        raise InputError(
-            f"{len(sets)} row sets where one is expected" if sets else "no file to read",
-            where=str(path),
-            cure="Name the file of one row set" if sets else "A row set lies in .parquet, .jsonl or .tsv files",
-        )
-    return source
+    sets = source.row_sets()
+    if len(sets) == 1:
+        return source
+    pickles = [file for file in sorted(path.iterdir()) if is_pickle(file)] if path.is_dir() else []
+    if pickles:
+        raise refuse_pickle(pickles[0])
+    if path.is_dir() and not sets:
+        return None
+    raise InputError(
+        f"{len(sets)} row sets where one is expected", where=str(path), cure="Name the file of one row set"
+    )
 
 
 def is_collection(opened: LocalSource | HubSource) -> bool:
@@ -152,7 +206,11 @@ def _open_hub(repo: str, revision: str | None, cache_dir, *, allow_pickle: bool)
     if hub is not None and (is_collection(hub) or not _has_foreign_config(hub)):
         return hub
     commit = hub.revision if hub else resolve_revision(repo, revision)
-    folder = fetch_data_files(repo, commit, (*DATA_FILES, *PICKLES) if allow_pickle else DATA_FILES)
+    try:
+        folder = fetch_data_files(repo, commit, (*DATA_FILES, *PICKLES) if allow_pickle else DATA_FILES)
+    except InputError as error:  # what was found before says more
+        logger.debug("%s: %s", repo, error)
+        folder = None
     found: Source | None = None
     if folder is not None:
         local = LocalSource(folder, cache_dir)
@@ -167,13 +225,22 @@ def _open_hub(repo: str, revision: str | None, cache_dir, *, allow_pickle: bool)
 
 
 def _has_foreign_config(hub: HubSource) -> bool:
-    # Columns are known without a download only where the card has them; one config says enough.
-    return hub.configs() == ["default"]
+    """Whether the repository is one config of rows in a format that has to be read from its files."""
+    if hub.configs() != ["default"]:
+        return False
+    from datasets.exceptions import DatasetsError
+
+    try:
+        columns = hub.columns("default")
+    except (InputError, DatasetsError) as error:  # columns that change from part to part, for example
+        logger.debug("%s: %s", hub.where, error)
+        return True
+    return by_columns(dict.fromkeys(columns, {}), hub.name) in ("tevatron", "hard_negatives", ROWS)
 
 
 def _scanned(folder: Path, local: LocalSource, cache_dir, allow_pickle: bool = False) -> FormatSource | None:
     found = list(scan(folder, allow_pickle))
-    inputs = [item for item in found if item.kind != COLUMNS] or found
+    inputs = [item for item in found if item.kind != COLUMNS]
     if not inputs:
         return None
     if len(inputs) < len(found):

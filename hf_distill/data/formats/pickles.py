@@ -1,6 +1,6 @@
 """Dictionaries out of pickles without running anything in them.
 
-A pickle is a program: `pickle.load` calls whatever it names. Here nothing is ever called. A small machine understands
+A pickle is a program: unpickling calls whatever it names. Here nothing is ever called. A small machine understands
 the few instructions that dictionaries, lists, numbers and strings are made of (and NumPy's scalars, whose bytes are
 read directly) and refuses every other. It hands on the entries of the outermost dictionary as they come and forgets
 them, so that memory does not grow with the file.

@@ -21,6 +21,7 @@ from hf_distill.data.row_columns import plain
 from hf_distill.data.sources import content_hash
 from hf_distill.data.tables import Queries
 from hf_distill.data.values import find_column, id_array, integer_array
+from hf_distill.errors import InputError
 
 
 if TYPE_CHECKING:
@@ -108,7 +109,11 @@ class FormatSource:
     def configs(self) -> list[str]:
         """The configs that the files have something for."""
         found = [config for config in (schema.CORPUS, schema.QUERIES, schema.QRELS) if self._of(config)]
-        return found + list(dict.fromkeys(item.name for item in self._of("rows")))
+        return found + self.row_sets()
+
+    def row_sets(self) -> list[str]:
+        """The names of the row sets."""
+        return list(dict.fromkeys(item.name for item in self._of("rows")))
 
     def splits(self, config: str) -> list[str]:
         """The splits of a config; only judgements have several."""
@@ -150,6 +155,14 @@ class FormatSource:
         yield from self._blocks(config, split, own)
         if notes is None:
             own.log(self.place(config, split))
+
+    def files(self, config: str) -> list[Any]:
+        """Rows of other formats have to be put together first, so there are no files to stream."""
+        raise InputError(
+            "rows of this format cannot be streamed",
+            where=self.place(config),
+            cure="Turn it into a folder that can, once: hf-distill convert --input ... --output_dir ...",
+        )
 
     # -- what readers ask for -------------------------------------------------------------------------------------
 

@@ -56,6 +56,7 @@ _HEADER_NAMES = {
     *schema.DOCUMENT_TEXT_NAMES,
     *schema.RELEVANCE_NAMES,
     *(schema.TITLE, _ITERATION, _URL, _TAG, _RANK, _SCORE, "positive_id", "negative_id", schema.DOCUMENT_IDS),
+    *("anchor", "positive", "negative", "sentence1", "sentence2", "docs", "labels", "scores"),
 }
 
 
