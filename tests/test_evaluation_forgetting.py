@@ -14,7 +14,7 @@ from hf_distill.data.qrels import Qrels
 from hf_distill.data.rows import RowSet
 from hf_distill.data.run import Run
 from hf_distill.errors import InputError
-from hf_distill.evaluation.forgetting import changes, composition, negative_keys, overlap, positive_ranks, write_ranks
+from hf_distill.evaluation.forgetting import changes, composition, negative_keys, overlap, positive_ranks, read_ranks, write_ranks
 
 
 def run_of(query, documents):
@@ -113,3 +113,7 @@ def test_negative_keys(micro):
 def test_ranks_are_kept_for_every_query(tmp_path):
     write_ranks(tmp_path / "ranks.parquet", ["a", "b"], ["1", "2"], np.array([[1, 0], [3, 2]]))
     assert pq.read_table(tmp_path / "ranks.parquet").to_pydict() == {"query_id": ["a", "b"], "1": [1, 0], "2": [3, 2]}
+    assert {name: ranks.tolist() for name, ranks in read_ranks(tmp_path / "ranks.parquet").items()} == {
+        "1": [1, 0],
+        "2": [3, 2],
+    }

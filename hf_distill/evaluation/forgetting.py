@@ -207,3 +207,11 @@ def write_ranks(path: str | os.PathLike, query_ids: Sequence[str], names: Sequen
     with atomic_path(path) as temporary:
         pq.write_table(pa.table(columns), temporary)
     return Path(path)
+
+
+def read_ranks(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """What [`write_ranks`] wrote, without the ids: `int32[queries]` by episode."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    return {name: table.column(name).to_numpy() for name in table.column_names if name != "query_id"}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.sparse import issparse, vstack
 
 from ..data.collection import Collection
 from ..data.run import Run
@@ -32,6 +33,9 @@ class RetrievalEvaluation:
         candidates: The run to re-rank.
         seed: Of both samples.
         cache_dir: Where scores lie while a ranker is measured, instead of the default cache folder.
+
+    Attributes:
+        run: The results of the last call.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class RetrievalEvaluation:
             others = np.setdiff1d(self.documents, relevant)
             sample = generator.choice(others, max(0, min(len(others), corpus_size - len(relevant))), replace=False)
             self.documents = np.sort(np.concatenate([relevant, sample]))
+        self.run: Run | None = None
         self.candidates = None
         if candidates is not None:
             kept = np.isin(candidates.query, self.queries)
@@ -73,7 +78,7 @@ class RetrievalEvaluation:
         return len(self.queries)
 
     def __call__(self, model: RetrievalModel) -> dict[str, float]:
-        run = self._rerank(model) if model.representation == "pair" else self._search(model)
+        self.run = run = self._rerank(model) if model.representation == "pair" else self._search(model)
         collection = self.collection
         result = evaluate_run(
             self.qrels.as_dict(collection.queries, collection.corpus),
@@ -89,18 +94,17 @@ class RetrievalEvaluation:
         return rerank(model, self.candidates, self.collection, cache_dir=self.cache_dir, keep=False)
 
     def _search(self, model: RetrievalModel) -> Run:
-        from ..retrieval.index import Index
-        from ..retrieval.searching import cosine_of_raw_vectors
+        from ..retrieval.searching import build_index
 
         template = model.config.template
         queries = self._encode(model, self.collection.queries.texts(self.queries), "query")
         passages = self._encode(model, self.collection.corpus.texts(self.documents, template), "passage")
-        index = Index.build(passages, normalize=cosine_of_raw_vectors(model))
-        scores, positions = index.search(queries, min(self.depth, len(passages)))
+        scores, positions = build_index(passages, model).search(queries, min(self.depth, passages.shape[0]))
         return Run(self.queries, np.where(positions >= 0, self.documents[positions], -1), scores)
 
     @staticmethod
-    def _encode(model: RetrievalModel, texts: list[str], kind: str) -> np.ndarray:
+    def _encode(model: RetrievalModel, texts: list[str], kind: str) -> Any:
+        """The vectors of all texts, an array or a sparse matrix; every process encodes a part."""
         from ..retrieval.encode import encode_texts
 
         if world_size() == 1:
@@ -108,7 +112,7 @@ class RetrievalEvaluation:
         from accelerate.utils import gather_object
 
         mine: list[Any] = [(rank(), encode_texts(model, texts[rank() :: world_size()], kind))]
-        vectors = np.empty((len(texts), mine[0][1].shape[1]), np.float32)
-        for number, part in gather_object(mine):
-            vectors[number :: world_size()] = part
-        return vectors
+        numbers, parts = zip(*gather_object(mine))
+        places = np.concatenate([np.arange(number, len(texts), world_size()) for number in numbers])
+        stacked = vstack(parts, format="csr") if issparse(parts[0]) else np.concatenate(parts)
+        return stacked[np.argsort(places)]
