@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "data": ["Collection", "Corpus", "Queries", "Qrels", "RowSet", "Run", "load_collection", "save_collection"],
-        "errors": ["InputError"],
+        "errors": ["HubError", "InputError"],
         "evaluation": ["RetrievalEvaluation", "evaluate_run"],
         "models": ["CrossEncoderRanker", "DenseRetriever", "load_model", "student_from"],
         "retrieval": ["bm25_search", "encode_table", "mine", "score_rows", "search"],

@@ -18,7 +18,7 @@ Client libraries read `HF_ENDPOINT` when they are imported, so whoever talks to 
 libraries once): see `tests/hub_client.py`.
 
 Phases, for `fail` and `requests`: whoami, create, delete, validate, preupload, batch, put, complete, verify, commit,
-info, tree, paths, refs, commits, branch, tag, resolve, other.
+info, auth, tree, paths, refs, commits, branch, tag, resolve, other.
 """
 
 from __future__ import annotations
@@ -156,11 +156,11 @@ class _Server(ThreadingHTTPServer):
 
 _API = re.compile(
     r"/api/(models|datasets|spaces)/([^/]+(?:/[^/]+)?)"
-    r"(?:/(revision|tree|preupload|commit|commits|refs|branch|tag|paths-info)(?:/(.*))?)?"
+    r"(?:/(revision|tree|preupload|commit|commits|refs|branch|tag|paths-info|auth-check)(?:/(.*))?)?"
 )
 _RESOLVE = re.compile(r"/(?:(datasets|spaces)/)?([^/]+(?:/[^/]+)?)/resolve/([^/]+)/(.+)")
 _BATCH = re.compile(r"/(?:(datasets|spaces)/)?([^/]+(?:/[^/]+)?)\.git/info/lfs/objects/batch")
-_PHASES = {"revision": "info", "paths-info": "paths", None: "info"}
+_PHASES = {"revision": "info", "paths-info": "paths", "auth-check": "auth", None: "info"}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -386,6 +386,10 @@ class _Handler(BaseHTTPRequestHandler):
             return {"errors": [{"message": f"bad YAML: {error}"}], "warnings": []}, None, 400
         wrong = metadata is not None and not isinstance(metadata, dict)
         return ({"errors": [{"message": "metadata is no mapping"}] if wrong else [], "warnings": []},)
+
+    def _auth(self, _: bytes, kind: str, name: str, wish: str) -> Any:
+        self._writable(kind, name) if wish == "write" else self._readable(kind, name)
+        return ({},)
 
     # ---- reading ----
     def _info(self, _: bytes, kind: str, name: str, revision: str) -> Any:

@@ -27,7 +27,7 @@ def push(folder, repo_id, **options):
 
 def push_each(folder, cases):
     """Pushes once for each case; the answers say how it went."""
-    from hf_distill.hub import HubError
+    from hf_distill.errors import HubError
 
     answers = []
     for repo_id in cases:

@@ -356,7 +356,7 @@ class Distillation:
 
     def train(self, rows: RowSet, teachers: list[Teacher]) -> DistillTrainer:
         """Trains the student."""
-        from ..trainers import DistillTrainer
+        from ..trainers import About, DistillTrainer
 
         trainer = DistillTrainer(
             self.student,
@@ -365,6 +365,8 @@ class Distillation:
             rows=rows,
             evaluation=self.steps.evaluation_for(self.data, self.args, self.student),
         )
+        origins = [spec.origin for spec in self.teachers if spec.model is not None]
+        trainer.about = About(self._summary(), [self._start(), *origins], [self.data.collection.source])
         self.student = self.steps.finish_training(trainer)
         return trainer
 
@@ -372,7 +374,13 @@ class Distillation:
         """What the same start, rows and steps give with the contrastive loss alone."""
         from ..trainers import RetrievalTrainer
 
-        args = replace(self.args, output_dir=str(self.folder / "no_teacher"), losses=None)
+        args = replace(
+            self.args,
+            output_dir=str(self.folder / "no_teacher"),
+            losses=None,
+            push_to_hub=False,
+            resume_from_checkpoint=None,
+        )
         trainer = RetrievalTrainer(
             start, args, rows=rows, evaluation=self.steps.evaluation_for(self.data, args, start)
         )
@@ -384,6 +392,7 @@ class Distillation:
         if self.options.plan_only:
             return
         self.steps.claim_output(self.folder, self.settings)
+        self.steps.check_push(self.args)
         rows, teachers = self.prepare_teachers(self.rows())
         weak = self.check_teacher()
         self.report.bm25()
@@ -402,12 +411,15 @@ class Distillation:
             system="student",
             summary=self._summary(),
             settings=self.settings,
-            base_models=[
-                self.options.student if not self.options.student.startswith("layers:") else self.teachers[0].origin
-            ],
+            base_models=[self._start()],
             teachers=[teacher.describe() for teacher in teachers],
             reading=weak or self._reading(),
         )
+        self.steps.publish(trainer)
+
+    def _start(self) -> str:
+        """What the student started from."""
+        return self.teachers[0].origin if self.options.student.startswith("layers:") else self.options.student
 
     def _summary(self) -> str:
         teachers = " and ".join(f"`{spec.origin}`" for spec in self.teachers)

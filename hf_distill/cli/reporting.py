@@ -167,7 +167,6 @@ class Report:
         from ..evaluation import markdown_table
         from ..hub.cards import bibtex, write_model_card
         from ..hub.manifest import write_manifest
-        from ..models import CrossEncoderRanker
 
         collection = self.data.collection
         measured = self.results.get(system, {})

@@ -59,6 +59,7 @@ def run(
         start_weights=model.weights_fingerprint(),
     )
     folder = steps.claim_output(args.output_dir, settings)
+    steps.check_push(args)
     encode = steps.encode_settings(encode_options, data_options)
     report = Report(
         folder, data, encode, measures=args.eval_measures, depth=args.eval_depth, index=encode_options.index

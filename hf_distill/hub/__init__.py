@@ -9,7 +9,6 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "cards": ["write_model_card"],
-        "client": ["HubError"],
         "manifest": ["hardware", "run_manifest", "without_secrets"],
         "push": ["Pushed", "Target", "push_folder"],
     },

@@ -25,22 +25,30 @@ def template_path(name: str) -> Path:
     raise InputError(f"there is no card template {name}.md", where=str(checkout), cure="Reinstall hf_distill")
 
 
+# How a model is loaded and used without this package, by what it makes of texts (see `RetrievalModel.representation`).
+_PAIRS = 'scores = model.predict([("a query", "a passage")])'
+_VECTORS = (
+    'queries = model.encode_query(["a query"])\n'
+    'passages = model.encode_document(["a passage"])\n'
+    "scores = model.similarity(queries, passages)"
+)
+_USAGE = {
+    "dense": ("SentenceTransformer", _VECTORS, "sentence-similarity"),
+    "sparse": ("SparseEncoder", _VECTORS, "feature-extraction"),
+    "tokens": ("MultiVectorEncoder", _VECTORS, "sentence-similarity"),
+    "pair": ("CrossEncoder", _PAIRS, "text-ranking"),
+}
+
+
 def usage_of(kind: str, name: str) -> str:
-    """How a checkpoint of `kind` (`"dense"` or `"cross_encoder"`) is loaded without this package."""
-    if kind == "cross_encoder":
-        code = (
-            "from sentence_transformers import CrossEncoder\n\n"
-            f'model = CrossEncoder("{name}")\n'
-            'scores = model.predict([("a query", "a passage")])'
-        )
-    else:
-        code = (
-            "from sentence_transformers import SentenceTransformer\n\n"
-            f'model = SentenceTransformer("{name}")\n'
-            'queries = model.encode_query(["a query"])\n'
-            'passages = model.encode_document(["a passage"])\n'
-            "scores = model.similarity(queries, passages)"
-        )
+    """How a checkpoint is loaded without this package.
+
+    Args:
+        kind: What the model makes of texts: `"dense"`, `"sparse"`, `"tokens"` or `"pair"`.
+        name: Its Hub id or folder.
+    """
+    loader, use, _ = _USAGE[kind]
+    code = f'from sentence_transformers import {loader}\n\nmodel = {loader}("{name}")\n{use}'
     return f"Nothing but sentence-transformers (or plain transformers) is needed:\n\n```python\n{code}\n```"
 
 
@@ -74,33 +82,39 @@ def write_model_card(
     collection: str | None = None,
     split: str | None = None,
     citation: str | None = None,
+    teachers: Sequence[str] = (),
+    dataset_revision: str | None = None,
+    model_id: str | None = None,
 ) -> Path:
     """Writes `README.md`, a model card with the metadata that the Hub reads.
 
     Args:
         folder: The checkpoint.
         title, summary, results, training, reading: Texts of its sections.
-        kind: `"dense"` or `"cross_encoder"`.
+        kind: What the model makes of texts, see [`usage_of`].
         template: Name of the template.
-        base_models: What the student started from, and its teachers: Hub ids only (local folders are left out).
+        base_models: What the model started from; local folders are left out of the metadata.
         datasets: Hub ids of the data.
         tags: Further tags.
         measured: Measures of the student, for the metadata.
         collection, split: What they were measured on.
         citation: BibTeX.
+        teachers: Its teachers; like `base_models`.
+        dataset_revision: The commit of the data that the measures belong to.
+        model_id: The repository; the name of the folder by default.
 
     Returns:
         The file's path.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    task = "text-ranking" if kind == "cross_encoder" else "sentence-similarity"
     evaluations = [
         EvalResult(
             task_type="text-retrieval",
             dataset_type=collection or "local",
             dataset_name=collection or "local",
             dataset_split=split,
+            dataset_revision=dataset_revision,
             metric_type=name.lower().replace("@", "_at_"),
             metric_name=name,
             metric_value=round(float(value), 4),
@@ -109,19 +123,20 @@ def write_model_card(
     ]
     data = ModelCardData(
         library_name="sentence-transformers",
-        pipeline_tag=task,
-        base_model=[name for name in dict.fromkeys(base_models) if not Path(name).exists()] or None,
-        datasets=[name for name in datasets if not Path(name).exists()] or None,
+        pipeline_tag=_USAGE[kind][2],
+        base_model=_on_hub([*base_models, *teachers]) or None,
+        datasets=_on_hub(datasets) or None,
         tags=[*dict.fromkeys(["sentence-transformers", *tags])],
         model_name=title,
         eval_results=evaluations or None,
+        **({"teachers": _on_hub(teachers)} if _on_hub(teachers) else {}),
     )
     card = ModelCard.from_template(
         data,
         template_path=str(template_path(template)),
         title=title,
         summary=summary,
-        usage=usage_of(kind, Path(folder).name),
+        usage=usage_of(kind, model_id or Path(folder).name),
         results=results,
         reading=reading,
         training=training,
@@ -130,3 +145,18 @@ def write_model_card(
     path = Path(folder) / "README.md"
     write_text(path, str(card))
     return path
+
+
+def _on_hub(names: Sequence[str]) -> list[str]:
+    """Those of the names that can be ids of the Hub; folders of this machine mean nothing to others."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    found = []
+    for name in dict.fromkeys(names):
+        try:
+            validate_repo_id(name)
+        except HFValidationError:
+            continue
+        if not Path(name).exists():
+            found.append(name)
+    return found

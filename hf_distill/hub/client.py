@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from ..console import get_logger
@@ -22,43 +22,34 @@ PATIENCE = 300.0
 SILENCE = 120.0
 
 
-class HubError(RuntimeError):
-    """The Hub did not take or give something although the input is right; one sentence, and what to do later.
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
-    Args:
-        problem: What failed, and why.
-        cure: What to do about it.
-    """
 
-    def __init__(self, problem: str, cure: str):
-        self.problem, self.cure = problem, cure
-        super().__init__(f"{problem.rstrip('.')}. {cure.rstrip('.')}.")
+def _response_of(error: BaseException) -> Any:
+    return next((one.response for one in _chain(error) if getattr(one, "response", None) is not None), None)
 
 
 def status_of(error: BaseException) -> int | None:
     """The HTTP status behind an error or behind what caused it; None if there was no answer."""
-    seen: BaseException | None = error
-    while seen is not None:
-        status = getattr(getattr(seen, "response", None), "status_code", None)
-        if status is not None:
-            return int(status)
-        seen = seen.__cause__ or seen.__context__
-    return None
+    response = _response_of(error)
+    return None if response is None else int(response.status_code)
 
 
 def is_transport_error(error: BaseException) -> bool:
     """Whether no (whole) answer came: refused, reset, timed out, cut."""
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OfflineModeIsEnabled):
+    for one in _chain(error):
+        if isinstance(one, OfflineModeIsEnabled):
             return False
         # httpx or httpx2, whichever the client library is built on.
-        names = {kind.__name__ for kind in type(seen).__mro__ if kind.__module__.startswith("httpx")}
-        if "TransportError" in names or isinstance(seen, (ConnectionError, TimeoutError, LocalEntryNotFoundError)):
+        names = {kind.__name__ for kind in type(one).__mro__ if kind.__module__.startswith("httpx")}
+        if "TransportError" in names or isinstance(one, (ConnectionError, TimeoutError, LocalEntryNotFoundError)):
             return True
-        seen = seen.__cause__ or seen.__context__
     return False
 
 
@@ -71,14 +62,9 @@ def is_worth_another_try(error: BaseException) -> bool:
 
 
 def _asked_wait(error: BaseException) -> float:
-    seen: BaseException | None = error
-    while seen is not None:
-        headers = getattr(getattr(seen, "response", None), "headers", None)
-        if headers is not None:
-            value = headers.get("Retry-After", "")
-            return float(value) if value.isdigit() else 0.0
-        seen = seen.__cause__ or seen.__context__
-    return 0.0
+    response = _response_of(error)
+    value = "" if response is None else response.headers.get("Retry-After", "")
+    return float(value) if value.isdigit() else 0.0
 
 
 def attempt(action: Callable[[], Result], what: str) -> Result:
@@ -147,9 +133,7 @@ def explain(error: BaseException) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    root = error
-    while root.__cause__ is not None:
-        root = root.__cause__
+    *_, root = _chain(error)
     lines = [line.strip() for line in str(root).splitlines() if line.strip()]
     return lines[0] if lines else type(root).__name__
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..console import get_logger
-from ..errors import InputError
+from ..errors import HubError, InputError
 from ..files import fingerprint, read_json
-from .client import HubError, attempt, check_repo_id, explain, status_of, with_namespace
+from .client import attempt, check_repo_id, explain, status_of, with_namespace
 
 
 logger = get_logger(__name__)
@@ -28,6 +29,11 @@ _STALE = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 # What somebody may have put into a new repository by hand.
 _HARMLESS = ("README.md", ".gitattributes", "LICENSE*", ".gitignore")
 _LARGEST_TEXT = 5 * 2**20
+# Names of data and models, which are other ones on another machine; their fingerprints stand in the settings too.
+_PLACES = frozenset(
+    "data data_revision rows rows_revision model model_revision teacher teacher_revision student "
+    "student_revision filter_teacher filter_teacher_revision".split()
+)
 
 
 @dataclass(frozen=True)
@@ -88,15 +94,27 @@ def files_of(folder: Path, left_out: tuple[str, ...] = LEFT_OUT) -> dict[str, Pa
     return found
 
 
-def run_of(read: Any) -> str | None:
+def identity(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that make a run what it is on any machine: without paths where fingerprints say the same."""
+    known = any(name.endswith(("_fingerprint", "_weights")) for name in settings)
+    return {name: value for name, value in settings.items() if not (known and name in _PLACES)}
+
+
+def differing_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any], most: int = 5) -> list[str]:
+    """In words, what differs between two runs."""
+    theirs, ours = identity(theirs), identity(ours)
+    names = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
+    return [f"{name}: {theirs.get(name)!r}, here {ours.get(name)!r}" for name in names[:most]]
+
+
+def run_of(read: Callable[[str], Any]) -> str | None:
     """What identifies the run that a folder or repository holds; None if it holds no run.
 
     Args:
         read: Gives the content of a JSON file by its name, None if there is no such file.
     """
-    manifest = read(MANIFEST) or {}
-    settings = manifest.get("settings") or read(RUN_KEY)
-    return fingerprint(settings) if settings else None
+    settings = read(RUN_KEY) or (read(MANIFEST) or {}).get("settings")
+    return fingerprint(identity(settings)) if settings else None
 
 
 def push_later(folder: str | Path, repo_id: str, *more: str) -> str:
@@ -135,6 +153,35 @@ def push_files(files: Mapping[str, Path], target: Target, message: str) -> Pushe
     return Pushed(repo_id, target.kind, commit, commit != heads[0])
 
 
+def open_repo(target: Target, settings: Mapping[str, Any]) -> str:
+    """Makes the repository and its branch if they are missing, and looks whether this account may write there.
+
+    Returns:
+        Its id with the owner.
+
+    Args:
+        target: Which one.
+        settings: Of the run that will push there.
+
+    Raises:
+        InputError: If it holds another run.
+        Exception: What the client library raised last.
+    """
+    from huggingface_hub import HfApi
+
+    repo_id = with_namespace(target.repo_id, target.token)
+    run = fingerprint(identity(settings))
+
+    def once() -> None:
+        api = HfApi(token=target.token)
+        _look(api, repo_id, target, run)
+        if "write" in inspect.signature(api.auth_check).parameters:  # not in the oldest versions
+            api.auth_check(repo_id, repo_type=target.kind, write=True)
+
+    attempt(once, f"opening {repo_id}")
+    return repo_id
+
+
 def _push_once(
     files: Mapping[str, Path], target: Target, repo_id: str, message: str, run: str | None, heads: list[str]
 ) -> str:
@@ -142,11 +189,8 @@ def _push_once(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(token=target.token)
-    info = _open_repo(api, repo_id, target)
-    heads.append(info.sha)
-    known = {sibling.rfilename for sibling in info.siblings or []}
-    if not target.overwrite:
-        check_run(api, repo_id, target, info.sha, known, run)
+    head, known = _look(api, repo_id, target, run)
+    heads.append(head)
     stale = [path for path in sorted(known - set(files)) if _is_stale(path, files)]
     operations: list[Any] = [CommitOperationDelete(path_in_repo=path) for path in stale]
     operations += [CommitOperationAdd(path_in_repo=path, path_or_fileobj=str(file)) for path, file in files.items()]
@@ -156,49 +200,46 @@ def _push_once(
         commit_message=message,
         repo_type=target.kind,
         revision=target.revision,
-        parent_commit=info.sha,
+        parent_commit=head,
     ).oid
 
 
-def _open_repo(api: Any, repo_id: str, target: Target) -> Any:
-    """What the Hub says about the repository at its branch, both made if they are missing."""
+def _look(api: Any, repo_id: str, target: Target, run: str | None) -> tuple[str, set[str]]:
+    """The commit that a push will follow and the paths in it; the repository and its branch are made if missing."""
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     def info() -> Any:
-        return api.repo_info(repo_id, repo_type=target.kind, revision=target.revision)
+        try:
+            return api.repo_info(repo_id, repo_type=target.kind, revision=target.revision)
+        except RevisionNotFoundError:
+            api.create_branch(repo_id, branch=target.revision, repo_type=target.kind, exist_ok=True)
+            return api.repo_info(repo_id, repo_type=target.kind, revision=target.revision)
 
-    conflict = None
     try:
-        return info()
-    except RevisionNotFoundError:
-        api.create_branch(repo_id, branch=target.revision, repo_type=target.kind, exist_ok=True)
-        return info()
+        found = info()
     except RepositoryNotFoundError:
         if not target.create:
             raise
-    try:
-        api.create_repo(
-            repo_id,
-            repo_type=target.kind,
-            private=target.private,
-            space_sdk="gradio" if target.kind == "space" else None,
-        )
-    except HfHubHTTPError as error:
-        if status_of(error) != 409:
-            raise
-        conflict = error  # made by somebody else just now, or its name is taken by what this account may not see
-    try:
-        return info()
-    except RevisionNotFoundError:
-        api.create_branch(repo_id, branch=target.revision, repo_type=target.kind, exist_ok=True)
-        return info()
-    except RepositoryNotFoundError:
-        if conflict is not None:
-            raise conflict from None
-        raise
+        sdk = "gradio" if target.kind == "space" else None
+        try:
+            api.create_repo(repo_id, repo_type=target.kind, private=target.private, space_sdk=sdk)
+        except HfHubHTTPError as error:
+            if status_of(error) != 409:
+                raise
+            # Made by somebody else just now; or something that this account may not see has that name.
+            try:
+                found = info()
+            except RepositoryNotFoundError:
+                raise error from None
+        else:
+            found = info()
+    known = {sibling.rfilename for sibling in found.siblings or []}
+    if not target.overwrite:
+        _check_run(api, repo_id, target, found.sha, known, run)
+    return found.sha, known
 
 
-def check_run(api: Any, repo_id: str, target: Target, commit: str, known: set[str], run: str | None) -> None:
+def _check_run(api: Any, repo_id: str, target: Target, commit: str, known: set[str], run: str | None) -> None:
     """Raises [`InputError`] if a repository holds another run than `run`, or files of unknown origin."""
 
     def read_remote(name: str) -> Any:

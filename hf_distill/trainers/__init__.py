@@ -10,6 +10,8 @@ __getattr__, __dir__, __all__ = attach(
     {
         "arguments": ["DistillTrainingArguments", "RetrievalTrainingArguments"],
         "base": ["BaseTrainer"],
+        "publishing": ["About"],
+        "callbacks": ["ForgettingCallback", "StopAfter"],
         "distill": ["DistillTrainer"],
         "retrieval": ["RetrievalTrainer"],
     },

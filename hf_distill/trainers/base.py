@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 import yaml
 from accelerate.utils import send_to_device
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from ..data.collators import RetrievalCollator
@@ -36,7 +36,10 @@ from ..files import saying_full_disk, write_json, write_text
 from ..losses.combine import LossTerm, parse_terms
 from ..models.base import RetrievalModel
 from ..models.dropout import set_dropout
+from ..models.joint import student_of
 from .arguments import RetrievalTrainingArguments
+from .callbacks import StopAfter
+from .publishing import PublishingTrainer
 from .training_rows import SkipUnread, check_rows_state, make_dataset, make_sampler, write_rows_state
 
 
@@ -79,7 +82,7 @@ def check_batch(num_rows: int, args: RetrievalTrainingArguments) -> None:
         )
 
 
-class BaseTrainer(Trainer):
+class BaseTrainer(PublishingTrainer):
     """A [`~transformers.Trainer`] whose rows are ids and whose checkpoints are native.
 
     Subclasses say which scores enter which loss in `loss_parts`.
@@ -137,7 +140,7 @@ class BaseTrainer(Trainer):
             train_dataset=dataset,
             eval_dataset=evaluation,
             processing_class=model.processor().tokenizer,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), *([StopAfter(args.stop_after)] if args.stop_after is not None else [])],
             **kwargs,
         )
 
@@ -200,7 +203,7 @@ class BaseTrainer(Trainer):
         raise NotImplementedError
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        output = model(**inputs["tokens"][STUDENT])
+        output = self.run_model(model, inputs)
         # Scores and softmax in float32 whatever the encoder runs in.
         with torch.autocast(self.args.device.type, enabled=False):
             parts = self.loss_parts(self.accelerator.unwrap_model(model), output, inputs)
@@ -208,6 +211,10 @@ class BaseTrainer(Trainer):
         self._part_steps += 1
         loss = torch.stack(list(parts.values())).sum()
         return (loss, output) if return_outputs else loss
+
+    def run_model(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> Any:
+        """The one forward of the wrapped module on a batch."""
+        return model(**batch["tokens"][STUDENT])
 
     def note(self, values: Mapping[str, torch.Tensor]) -> None:
         """Scalars of this batch whose mean over processes and steps goes to the log."""
@@ -248,8 +255,11 @@ class BaseTrainer(Trainer):
 
     # ---- Training and evaluation ----
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As [`~transformers.Trainer.train`]; a checkpoint whose rows were others is refused."""
-        folder = resume_from_checkpoint
+        """As [`~transformers.Trainer.train`]; a checkpoint whose rows were others is refused.
+
+        `resume_from_checkpoint` may also be a repository, `user/name` or `user/name@revision`.
+        """
+        folder = resume_from_checkpoint = self.fetch_checkpoint(resume_from_checkpoint)
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)
         if folder:
@@ -269,7 +279,9 @@ class BaseTrainer(Trainer):
         model = self.whole_model()
         training = model.training
         model.eval()
-        measures = evaluation(model)
+        # Training draws the same random numbers with evaluations and without, in one go and after a resume.
+        with torch.random.fork_rng():
+            measures = evaluation(student_of(model))
         model.train(training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measures.items()}
         self.log(metrics)
