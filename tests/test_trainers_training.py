@@ -284,7 +284,7 @@ def test_cached_and_live_teacher_give_equal_losses(tiny_bert, tiny_ranker, rows,
         ("[{name: kl, wieght: 2}]", "wieght"),
         ("[kl", "neither JSON nor YAML"),
         ("[kl, flops]", "compares representations"),
-        ("[layer_alignment]", "compares layer_scores"),
+        ("[layer_alignment]", "nothing is known of the layers of the teacher 'file'"),
     ],
 )
 def test_terms_that_cannot_be_computed_are_refused(losses, message, tiny_bert, rows, tmp_path):

@@ -213,7 +213,8 @@ class LossTerm:
         if self.needs_teacher and teacher_scores is None:
             raise InputError("needs a teacher's scores", where=f"loss {self.name!r}", cure="Name a teacher")
         if self.learner == "teacher":
-            student_scores, teacher_scores = teacher_scores, student_scores
+            (taught,) = [teacher_scores] if isinstance(teacher_scores, Tensor) else teacher_scores
+            student_scores, teacher_scores = taught, student_scores
         if self.calibrate_student:
             student_scores = calibrate(
                 student_scores, self.calibration, mask, temperature=self.calibration_temperature

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.utils import ModelOutput
 
 from ..errors import InputError
@@ -206,7 +206,9 @@ class CrossEncoderRanker(RetrievalModel):
         Returns:
             Float32 `[T]`; with `layers` a [`RankerOutput`].
         """
-        embeddings = self._embedded(self.backbone, pair["chunks"])
+        # The heads of decoders find the last token by its id, so they must see the ids.
+        by_ids = hasattr(plain_model(self.backbone), "score")
+        embeddings = [None] * len(pair["chunks"]) if by_ids else self._embedded(self.backbone, pair["chunks"])
         parts = [self._maybe_recompute(self.score_chunk, *both, layers) for both in zip(pair["chunks"], embeddings)]
         if not layers:
             return torch.cat(parts)[pair["inverse"]]
@@ -240,8 +242,8 @@ def _replaced_encoder(classifier: PreTrainedModel, hidden: torch.Tensor) -> Iter
     encoder = classifier.base_model
     pooler = getattr(encoder, "pooler", None)
 
-    def forward(*_: Any, **__: Any) -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(hidden, None if pooler is None else pooler(hidden))
+    def forward(*_: Any, **__: Any) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        return BaseModelOutputWithPoolingAndCrossAttentions(hidden, None if pooler is None else pooler(hidden))
 
     encoder.forward = forward
     try:

@@ -6,5 +6,10 @@ from ..lazy import attach
 
 
 __getattr__, __dir__, __all__ = attach(
-    __name__, {"base": ["Teacher"], "cached": ["CachedEmbeddings", "CachedScores"], "live": ["Anchor", "LiveTeacher"]}
+    __name__,
+    {
+        "base": ["Teacher"],
+        "cached": ["CachedEmbeddings", "CachedScores", "check_column"],
+        "live": ["Anchor", "JointTeacher", "LiveTeacher"],
+    },
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ class Teacher(ABC):
         processor: The text processor that its batches are tokenised with, or None if it reads no text.
         score_column: The column of the row set with its scores, or None.
         stores: Its cached embeddings of queries and passages, or None.
+        num_layers: How many layers it has, None where nothing is known of them.
+        layer_column: The column of the row set with its layers' scores, or None.
+        is_joint: Whether it is trained along with the student.
     """
 
     candidate_sets: tuple[str, ...] = ("own",)
@@ -27,6 +30,9 @@ class Teacher(ABC):
     score_column: str | None = None
     stores: tuple[Any, Any] | None = None
     embedding_size: int | None = None
+    num_layers: int | None = None
+    layer_column: str | None = None
+    is_joint: bool = False
 
     def __init__(self, name: str):
         self.name = name
@@ -50,8 +56,28 @@ class Teacher(ABC):
             cure="Use a loss on scores (kl, margin_mse), or give a bi-encoder as teacher",
         )
 
-    def begin_batch(self) -> None:  # noqa: B027
-        """Forgets what was computed for the batch before."""
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Raises [`InputError`] for layers whose scores it cannot give."""
+        raise self._no_layers()
+
+    def _no_layers(self) -> InputError:
+        return InputError(
+            f"nothing is known of the layers of the teacher {self.name!r}",
+            where="losses",
+            cure="Give the model as a live teacher, or write its layers' scores into the rows "
+            "(hf-distill score --layers all)",
+        )
+
+    def layer_scores(self, batch: Mapping[str, Any], layers: Sequence[int], candidates: str) -> torch.Tensor:
+        """What layers (numbered from 1, ascending) say about a set of candidates, float32 `[K, Q, C]`.
+
+        Raises:
+            InputError: If the teacher gives none.
+        """
+        raise self._no_layers()
+
+    def begin_batch(self, layers: Sequence[int] = ()) -> None:  # noqa: B027
+        """Forgets what was computed for the batch before, and learns which layers will be asked for."""
 
     def describe(self) -> dict[str, Any]:
         """What a card and a manifest say about it."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..errors import InputError
 from ..models.candidates import CANDIDATES, arrange, candidate_scores
 from .base import Teacher
 
 
 if TYPE_CHECKING:
+    from ..data.rows import RowSet
     from ..retrieval.encode import EmbeddingStore
 
 
@@ -22,11 +24,59 @@ class CachedScores(Teacher):
         name: By which loss terms name it.
         column: The column: `"scores"` for the primary teacher, `"scores_<name>"` for others.
         origin: The column's entry in the row set's metadata, for the card.
+        layer_column: The column with its layers' scores, `"layer_scores_<name>"`.
+        layers: The layers that stand in that column, numbered from 1.
     """
 
-    def __init__(self, name: str, column: str = "scores", origin: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        name: str,
+        column: str | None = "scores",
+        origin: Mapping[str, Any] | None = None,
+        *,
+        layer_column: str | None = None,
+        layers: Sequence[int] = (),
+    ):
         super().__init__(name)
         self.score_column, self.origin = column, dict(origin or {})
+        self.layer_column, self.layers = layer_column, tuple(layers)
+        self.num_layers = self.origin.get("num_layers") or max(self.layers, default=None)
+
+    @classmethod
+    def from_rows(
+        cls, name: str, rows: RowSet, column: str | None = "scores", layer_column: str | None = None, model: Any = None
+    ) -> CachedScores:
+        """The teacher that wrote columns of a row set, after a look at where they come from.
+
+        Args:
+            name: By which loss terms name it.
+            rows: The row set.
+            column: Its scores.
+            layer_column: Its layers' scores.
+            model: The teacher itself, where it is known: the columns must be of its weights.
+
+        Raises:
+            InputError: If a column is not there, was made for other texts, or by other weights than `model`'s.
+        """
+        origins = [check_column(rows, one, model) for one in (column, layer_column) if one is not None]
+        layers = origins[-1].get("layers", ()) if layer_column is not None else ()
+        return cls(name, column, {**origins[0], **origins[-1]}, layer_column=layer_column, layers=layers)
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        if self.layer_column is None:
+            super().check_layers(layers)
+        missing = [number for number in layers if number not in self.layers]
+        if missing:
+            raise InputError(
+                f"the column {self.layer_column!r} has the layers {', '.join(map(str, self.layers))}, "
+                f"not {missing[0]}",
+                where="layers",
+                cure="Pair these layers (--layer_pairing), or score the rows again with --layers all",
+            )
+
+    def layer_scores(self, batch: Mapping[str, Any], layers: Sequence[int], candidates: str) -> torch.Tensor:
+        places = [self.layers.index(number) for number in layers]
+        return batch["teacher_scores"][self.layer_column].float().permute(2, 0, 1)[places]
 
     def scores(self, batch: Mapping[str, Any], candidates: str) -> torch.Tensor:
         return batch["teacher_scores"][self.score_column].float()
@@ -89,3 +139,41 @@ class CachedEmbeddings(Teacher):
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), **self.origin}
+
+
+def check_column(rows: RowSet, column: str, model: Any = None) -> dict[str, Any]:
+    """The provenance of a column of scores, after a look whether it belongs to these texts and to this model.
+
+    Args:
+        rows: The row set.
+        column: A column of scores, or of layers' scores.
+        model: The model that should have made it, or None.
+
+    Raises:
+        InputError: If the column is not there, or was made for other texts or by other weights.
+    """
+    if column not in rows.columns:
+        raise InputError(
+            f"the rows have no column {column!r}",
+            where="teacher",
+            cure=f"Their columns are: {', '.join(rows.columns) or 'none'}; hf-distill score writes one",
+        )
+    origin = dict(rows.metadata.get("teachers", {}).get(column, {}))
+    again = f"Score the rows again: hf-distill score --column {column}"
+    for what, table in (("queries", rows.queries), ("corpus", rows.corpus)):
+        if origin.get(f"{what}_fingerprint", table.fingerprint) != table.fingerprint:
+            raise InputError(
+                f"the column {column!r} was made for other {what} than those of {table.where} "
+                "(the fingerprints differ)",
+                where="teacher",
+                cure=again,
+            )
+    weights = model.weights_fingerprint() if model is not None else None
+    if weights is not None and origin.get("weights", weights) != weights:
+        raise InputError(
+            f"the column {column!r} was made by {origin.get('model')} (weights {origin['weights']}), not by the "
+            f"teacher {model.name_or_path} (weights {weights})",
+            where="teacher",
+            cure=f"{again}, or give the revision of the teacher that it was made with",
+        )
+    return origin

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,23 +24,25 @@ class LiveTeacher(Teacher):
 
     def __init__(self, name: str, model: RetrievalModel):
         super().__init__(name)
-        self.model = model.eval().requires_grad_(False)
+        self.model = model if self.is_joint else model.eval().requires_grad_(False)
+        self.num_layers = model.num_layers
         self.processor = model.processor()
         self.candidate_sets = model.candidate_sets
         self.embedding_size = model.embedding_size
         self.tokens = name
         self._output: Any = None
+        self._layers: Sequence[int] = ()
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)
 
-    def begin_batch(self) -> None:
-        self._output = None
+    def begin_batch(self, layers: Sequence[int] = ()) -> None:
+        self._output, self._layers = None, layers
 
     def _forward(self, batch: Mapping[str, Any]) -> Any:
         if self._output is None:
             with torch.no_grad():
-                self._output = self.model(**batch["tokens"][self.tokens])
+                self._output = self.model(**model_inputs(batch, self.tokens, self._layers))
         return self._output
 
     def embeddings(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,6 +54,13 @@ class LiveTeacher(Teacher):
     def scores(self, batch: Mapping[str, Any], candidates: str) -> torch.Tensor:
         return self.model.batch_scores(self._forward(batch), batch, candidates)
 
+    def check_layers(self, layers: Sequence[int]) -> None:
+        self.model.check_layers(layers)
+
+    def layer_scores(self, batch: Mapping[str, Any], layers: Sequence[int], candidates: str) -> torch.Tensor:
+        scores = self.model.layer_scores(self._forward(batch), batch, candidates)
+        return scores if tuple(layers) == tuple(self._layers) else scores[[self._layers.index(one) for one in layers]]
+
     def describe(self) -> dict[str, Any]:
         return {
             **super().describe(),
@@ -59,6 +68,32 @@ class LiveTeacher(Teacher):
             "weights": self.model.weights_fingerprint(),
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
+
+
+class JointTeacher(LiveTeacher):
+    """A teacher that is trained along with the student: a part of the trained module, in training mode.
+
+    Its scores carry gradients, so that whatever compares them with the student's trains both.
+
+    Args:
+        name: By which loss terms name it.
+        model: The teacher, in float32 weights.
+    """
+
+    is_joint = True
+
+    def to(self, device: torch.device) -> None:
+        """Nothing: the trainer moves the module that it is a part of."""
+
+    def receive(self, output: Any) -> None:
+        """Takes the output of its forward of this batch, which ran together with the student's."""
+        self._output = output
+
+
+def model_inputs(batch: Mapping[str, Any], name: str, layers: Sequence[int] = ()) -> dict[str, Any]:
+    """The keyword arguments of a model's forward for its tokens of a batch, asking for layers where any are wanted."""
+    tokens = dict(batch["tokens"][name])
+    return {**tokens, "layers": tuple(layers)} if layers else tokens
 
 
 class Anchor(LiveTeacher):

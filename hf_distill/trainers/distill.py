@@ -10,20 +10,27 @@ from typing import Any
 import torch
 
 from ..console import get_logger
+from ..distributed import sum_over_processes
 from ..errors import InputError
 from ..losses import calibrate, check_teacher_scores, fit_temperature
-from ..losses.combine import LossTerm
+from ..losses.combine import ANCHOR, LossTerm
 from ..models.base import RetrievalModel
-from ..models.candidates import arrange
+from ..models.candidates import arrange, candidate_layout
+from ..models.joint import student_of
 from ..teachers.base import Teacher
+from ..teachers.live import Anchor, model_inputs
 from .arguments import DistillTrainingArguments
+from .base import STUDENT
+from .joint import JointTraining
+from .layers import LayerTerms, compares_layers
+from .methods import method_losses
 from .retrieval import BatchScores, RetrievalTrainer
 
 
 logger = get_logger(__name__)
 
 
-class DistillTrainer(RetrievalTrainer):
+class DistillTrainer(JointTraining, RetrievalTrainer):
     """Trains a student on what its teachers say about the candidates.
 
     Args:
@@ -55,35 +62,49 @@ class DistillTrainer(RetrievalTrainer):
         if not self.teachers or len(self.teachers) < len(teachers):
             raise InputError("give at least one teacher, each with a name of its own", where="teachers")
         self.primary = teachers[0]
+        self.joint = next((teacher for teacher in teachers if teacher.is_joint), None)
+        self.check_joint(args)
+        self.layers: LayerTerms | None = None
+        self._layer_options = args
         super().__init__(
             model,
             args,
             encoders={name: teacher.processor for name, teacher in self.teachers.items() if teacher.processor},
             stores={name: teacher.stores for name, teacher in self.teachers.items() if teacher.stores},
-            score_columns=[teacher.score_column for teacher in teachers if teacher.score_column],
+            score_columns=[
+                column for teacher in teachers for column in (teacher.score_column, teacher.layer_column) if column
+            ],
             **kwargs,
         )
-        for teacher in teachers:
+        for teacher in self.teachers.values():
             teacher.to(self.args.device)
         if self.rows is not None:
             self._look_at_scores()
 
     def default_losses(self) -> list[dict[str, Any]]:
         candidates = "own" if self.ranks_pairs else self.primary.candidate_sets[-1]
-        return [{"name": "kl", "candidates": candidates}, *self.regulariser()]
+        method = self._layer_options.method or ("lead" if self.joint is not None else "response")
+        terms = method_losses(method, candidates, joint=self.joint is not None)
+        return [*terms, *self.regulariser()]
 
-    def teacher_of(self, term: LossTerm) -> Teacher:
-        """The teacher that a term follows."""
-        return self.primary if term.teacher is None else self.teachers[term.teacher]
+    def teachers_of(self, term: LossTerm) -> list[Teacher]:
+        """The teachers that a term follows."""
+        if not term.needs_teacher:
+            return []
+        return [self.primary if name is None else self.teachers[name] for name in term.teachers]
 
     def prepare_model(self, model: RetrievalModel, terms: Mapping[str, LossTerm], seed: int) -> None:
+        if ANCHOR not in self.teachers and any(ANCHOR in term.teachers for term in terms.values()):
+            # Before the first step, and before a checkpoint is read: the student as it was given.
+            self.teachers[ANCHOR] = Anchor(model)
+        self.layers = LayerTerms(terms, lambda term: self.teachers_of(term)[0], model, self._layer_options)
         # Inside the trained module, so that optimiser, checkpoints and sharding see it; left out of the export.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for term in terms.values():
                 if term.loss.inputs != "embeddings":
                     continue
-                teacher = self.teacher_of(term)
+                (teacher,) = self.teachers_of(term)
                 if teacher.embedding_size != model.embedding_size:
                     model.add_projection(teacher.name, teacher.embedding_size)
 
@@ -91,47 +112,77 @@ class DistillTrainer(RetrievalTrainer):
         """Warns of teachers that say nothing, and fits the temperatures that were left open."""
         examples = self.train_dataset.first_examples(self.args.calibration_rows)
         for label, term in self.terms.items():
-            column = self.teacher_of(term).score_column if term.loss.teacher else None
-            open_temperature = term.calibration == "temperature" and term.calibration_temperature == 1.0
-            if column is None:
-                if open_temperature:
+            teachers = self.teachers_of(term)
+            columns = [teacher.score_column for teacher in teachers]
+            scores = {
+                column: torch.stack([torch.from_numpy(example.scores[column]) for example in examples])
+                for column in columns
+                if column is not None
+            }
+            if term.calibration == "temperature" and term.calibration_temperature == 1.0:
+                if len(columns) > 1 or not scores:
                     raise InputError(
-                        "a temperature can only be fitted to scores that stand in the row set",
+                        "a temperature can only be fitted to the scores of one teacher that stand in the row set",
                         where=f"loss {label!r}",
                         cure="Set calibration_temperature, or score the rows first (hf-distill score)",
                     )
-                continue
-            scores = torch.stack([torch.from_numpy(example.scores[column]) for example in examples])
-            if open_temperature:
                 target = torch.tensor([example.target for example in examples])
-                temperature = fit_temperature(scores, target)
+                temperature = fit_temperature(scores[columns[0]], target)
                 logger.info("loss %s: fitted temperature %.4g", label, temperature)
                 self.terms[label] = term = replace(term, calibration_temperature=float(temperature))
             softmax = inspect.signature(term.loss.function).parameters.get("temperature")
             if softmax is None:
                 continue  # the warnings are about scores that go through a softmax
-            calibrated = calibrate(scores, term.calibration, temperature=term.calibration_temperature)
             temperature = term.options.get("temperature", softmax.default)
-            for warning in check_teacher_scores(calibrated, temperature=temperature):
-                logger.warning("teacher %s: %s", self.teacher_of(term).name, warning)
+            for teacher in teachers:
+                if teacher.score_column is None:
+                    continue
+                calibrated = calibrate(
+                    scores[teacher.score_column], term.calibration, temperature=term.calibration_temperature
+                )
+                for warning in check_teacher_scores(calibrated, temperature=temperature):
+                    logger.warning("teacher %s: %s", teacher.name, warning)
 
     def loss_parts(self, model: RetrievalModel, output: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         for teacher in self.teachers.values():
-            teacher.begin_batch()
-        return super().loss_parts(model, output, batch)
+            teacher.begin_batch(self.layers.of_teacher(teacher.name))
+        if self.joint is not None:
+            self.joint.receive(output.teacher)
+            output = output.student
+        return super().loss_parts(student_of(model), output, batch)
+
+    def run_model(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> Any:
+        self.layers.begin_step(self.state.global_step)
+        student = model_inputs(batch, STUDENT, self.layers.of_student)
+        if self.joint is None:
+            return model(**student)
+        name = self.joint.name
+        return model(student=student, teacher=model_inputs(batch, name, self.layers.of_teacher(name)))
 
     def term_value(self, term: LossTerm, student: BatchScores) -> torch.Tensor:
         if term.loss.inputs == "embeddings":
             return self._embedding_value(term, student)
+        if compares_layers(term):
+            return self._layer_value(term, student)
         return super().term_value(term, student)
 
-    def teacher_scores(self, term: LossTerm, student: BatchScores) -> torch.Tensor | None:
-        if not term.loss.teacher:
+    def _layer_value(self, term: LossTerm, student: BatchScores) -> torch.Tensor:
+        (teacher,) = self.teachers_of(term)
+        ours, theirs = self.layers.scores(term, student, teacher)
+        target, keep = candidate_layout(student.batch, term.candidates, term.mask_false_negatives)
+        # Global candidates are the joint batch in every process already.
+        given = {} if term.candidates == "global" else {"reduce": sum_over_processes}
+        value = term(ours, theirs, target, keep, **given)
+        counted = torch.ones_like(target, dtype=torch.bool) if keep is None else keep.any(1)
+        return self.reduce_rows(value, counted, term.candidates)
+
+    def teacher_scores(self, term: LossTerm, student: BatchScores) -> list[torch.Tensor] | None:
+        if not term.needs_teacher:
             return None
-        return self.teacher_of(term).scores(student.batch, term.candidates)
+        return [teacher.scores(student.batch, term.candidates) for teacher in self.teachers_of(term)]
 
     def _embedding_value(self, term: LossTerm, student: BatchScores) -> torch.Tensor:
-        teacher = self.teacher_of(term)
+        (teacher,) = self.teachers_of(term)
         output = student.output
         vectors = (output.projected or {}).get(teacher.name, (output.query, output.passage))
         ours = arrange(*vectors, student.batch)

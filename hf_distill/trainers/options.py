@@ -76,3 +76,23 @@ class DistillOptions(RetrievalOptions):
     calibration_rows: int = _option(
         1024, "Rows whose teacher scores are looked at before training: for warnings and for fitted temperatures."
     )
+    method: str | None = _option(
+        None,
+        "A usual set of losses, where losses names none: response (KL to the teacher), none (contrastive alone), "
+        "labelled_response, embedding, attention, lead, lead_uniform. Default: response; lead in joint training.",
+        choices=["response", "none", "labelled_response", "embedding", "attention", "lead", "lead_uniform"],
+    )
+    layer_pairing: str = _option(
+        "random",
+        "Which layers a layer_alignment term compares: random (ordered pairs, drawn anew now and then), last, skip, "
+        "even, or pairs student:teacher such as 2:4,6:12, numbered from 1.",
+    )
+    num_layer_pairs: int | None = _option(None, "Pairs of layers at a time. Default: 5, or all of a smaller model.")
+    layer_resample_every: int = _option(10, "Optimiser steps between two draws of random pairs.")
+    teacher_learning_rate: float | None = _option(
+        None, "Learning rate of a teacher that is trained along. Default: the student's."
+    )
+    teacher_warmup_steps: float | None = _option(
+        None, "Its linear warm-up: a number of steps, or below 1 a share of all steps. Default: the student's."
+    )
+    teacher_lr_scheduler_type: str | None = _option(None, "Its schedule, linear say. Default: the student's.")

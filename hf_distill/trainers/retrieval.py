@@ -29,12 +29,19 @@ class BatchScores:
     def __init__(self, model: RetrievalModel, output: Any, batch: Mapping[str, Any]):
         self.model, self.output, self.batch = model, output, batch
         self._scores: dict[str, torch.Tensor] = {}
+        self._layer_scores: dict[str, torch.Tensor] = {}
 
     def scores(self, candidates: str) -> torch.Tensor:
         """The scores `[Q, C]` of a set of candidates, float32."""
         if candidates not in self._scores:
             self._scores[candidates] = self.model.batch_scores(self.output, self.batch, candidates)
         return self._scores[candidates]
+
+    def layer_scores(self, candidates: str) -> torch.Tensor:
+        """What the layers that the forward was asked for say about a set of candidates, float32 `[K, Q, C]`."""
+        if candidates not in self._layer_scores:
+            self._layer_scores[candidates] = self.model.layer_scores(self.output, self.batch, candidates)
+        return self._layer_scores[candidates]
 
 
 def check_terms(terms: Mapping[str, LossTerm], *, representation: str, teachers: Mapping[str, Any]) -> None:
@@ -49,7 +56,9 @@ def check_terms(terms: Mapping[str, LossTerm], *, representation: str, teachers:
         InputError: For the first that cannot, with what would do.
     """
     ranks_pairs = representation == "pair"
-    possible = {"scores", "embeddings"} | ({"representations"} if representation == "sparse" else set())
+    possible = {"scores", "representations" if representation == "sparse" else "layer_scores"}
+    if representation != "tokens":
+        possible.add("embeddings")
     for label, term in terms.items():
         if term.loss.inputs not in possible:
             known = [name for name, loss in LOSSES.items() if loss.inputs in possible]
@@ -70,7 +79,7 @@ def check_terms(terms: Mapping[str, LossTerm], *, representation: str, teachers:
                 where="losses",
                 cure="Set candidates: own",
             )
-        if term.loss.teacher:
+        if term.needs_teacher:
             _check_teacher(label, term, teachers)
 
 
@@ -99,7 +108,13 @@ def _check_one(label: str, term: LossTerm, name: str, teachers: Mapping[str, Any
             where="losses",
             cure="Use a loss on scores (kl, margin_mse), or give a bi-encoder as teacher",
         )
-    if term.loss.inputs == "scores" and term.candidates not in teachers[name].candidate_sets:
+    if term.learner == "teacher" and not term.loss.teacher and not teachers[name].is_joint:
+        raise InputError(
+            f"{label} trains the teacher {name!r}, which is frozen",
+            where="losses",
+            cure="Train it along (--teacher_mode joint, JointTeacher), or take the term out",
+        )
+    if term.loss.inputs in ("scores", "layer_scores") and term.candidates not in teachers[name].candidate_sets:
         raise InputError(
             f"the teacher {name!r} cannot score {term.candidates} candidates for {label}",
             where="losses",
@@ -124,7 +139,7 @@ class RetrievalTrainer(BaseTrainer):
         terms = self.parse_losses(args)
         check_terms(terms, representation=model.representation, teachers=self.teachers)
         self.prepare_model(model, terms, args.seed)
-        super().__init__(model, args, **kwargs)
+        super().__init__(self.trained_module(model), args, **kwargs)
 
     def default_losses(self) -> list[dict[str, Any]]:
         contrastive = {"name": "contrastive", "candidates": "own" if self.ranks_pairs else "global"}
@@ -136,6 +151,10 @@ class RetrievalTrainer(BaseTrainer):
 
     def prepare_model(self, model: RetrievalModel, terms: Mapping[str, LossTerm], seed: int) -> None:
         """Adds to the model what the terms need beside it; nothing here."""
+
+    def trained_module(self, model: RetrievalModel) -> torch.nn.Module:
+        """What is trained: the model, perhaps with another one beside it."""
+        return model
 
     def loss_parts(self, model: RetrievalModel, output: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         student = BatchScores(model, output, batch)

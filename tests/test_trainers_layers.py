@@ -1,0 +1,333 @@
+"""Distillation of layers: scores of layers, their pairs, live and cached teachers, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hf_distill.data import RowSet, load_collection
+from hf_distill.data.collators import RetrievalCollator
+from hf_distill.data.negatives import TrainingRows
+from hf_distill.errors import InputError
+from hf_distill.losses import contrastive_loss, kl_loss, layer_alignment_loss, maxsim
+from hf_distill.models import CrossEncoderRanker, DenseRetriever, MultiVectorRetriever, student_from
+from hf_distill.models.base import block_list
+from hf_distill.models.layer_scores import vector_layer_scores
+from hf_distill.models.multi_vector import token_scores
+from hf_distill.teachers import CachedScores, LiveTeacher
+from hf_distill.trainers import DistillTrainer, DistillTrainingArguments
+from hf_distill.trainers.layers import LayerPairing
+
+from .model_zoo import save_tiny, tokenizer_for
+
+
+GOLDEN = Path(__file__).parent / "golden"
+ARCHETYPES = {"dense": DenseRetriever, "tokens": MultiVectorRetriever, "pair": CrossEncoderRanker}
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory):
+    from tests.conftest import MICRO
+
+    return load_collection(MICRO, cache_dir=tmp_path_factory.mktemp("collection"))
+
+
+@pytest.fixture(scope="module")
+def rows(collection) -> RowSet:
+    """Every labelled query with its positives and six random negatives."""
+    positives = collection.qrels["train"].positives()
+    generator = np.random.default_rng(0)
+    queries = collection.qrels["train"].query_positions()
+    documents, counts = [], []
+    for query in queries:
+        relevant = positives.of(query)
+        others = np.setdiff1d(np.arange(len(collection.corpus)), relevant)
+        documents.append(np.concatenate([relevant, generator.choice(others, 6, replace=False)]))
+        counts.append(len(relevant))
+    return RowSet.from_arrays(collection.queries, collection.corpus, queries, documents, counts)
+
+
+def make(archetype: str, source: Path, **settings):
+    torch.manual_seed(4)
+    if archetype == "tokens":
+        settings = {"query_length": 12, "passage_length": 32, "projection_dim": 16, **settings}
+    return ARCHETYPES[archetype].from_pretrained(source, **settings)
+
+
+def batch_of(model, rows: RowSet, queries: int = 4, negatives: int = 2, chunks: int = 2) -> dict:
+    dataset = TrainingRows(rows, num_negatives=negatives)
+    collator = RetrievalCollator(rows.queries, rows.corpus, {"student": model.processor()}, num_chunks=chunks)
+    return collator([dataset[row, 0] for row in range(queries)])
+
+
+def hidden_states(model, chunk: dict, number: int) -> torch.Tensor:
+    """What transformers itself calls the output of a layer."""
+    tower = getattr(model.backbone, "base_model", model.backbone)
+    return tower(**chunk, output_hidden_states=True).hidden_states[number]
+
+
+# ---------------------------------------------------------------------------------------------- scores of layers
+
+
+def test_dense_layers_are_compared_by_their_pooled_vectors(tiny_bert, rows):
+    model = make("dense", tiny_bert, pooling="cls", normalize=True, projection_dim=8)
+    batch = batch_of(model, rows)
+    output = model(**batch["tokens"]["student"], layers=(2, 4))
+    scores = model.layer_scores(output, batch, "in_batch")
+    assert scores.shape == (2, 4, 12) and scores.dtype == torch.float32
+    processor = model.processor()
+    queries = processor.pad(processor.queries(rows.queries.texts(batch["query_ids"].numpy())))
+    passages = processor.pad(processor.passages(rows.corpus.texts(batch["passage_ids"].flatten().numpy())))
+    for place, number in enumerate((2, 4)):
+        q, p = hidden_states(model, queries, number)[:, 0], hidden_states(model, passages, number)[:, 0]
+        torch.testing.assert_close(scores[place], q @ p.T, atol=1e-4, rtol=1e-4)
+    own = model.layer_scores(output, batch, "own")
+    torch.testing.assert_close(own[1, 2], scores[1, 2, 6:9], atol=1e-5, rtol=1e-5)
+
+
+def test_token_layers_are_compared_by_maxsim(tiny_bert, rows):
+    model = make("tokens", tiny_bert, skip_punctuation=True)
+    batch = batch_of(model, rows)
+    output = model(**batch["tokens"]["student"], layers=(1, 4))
+    scores = model.layer_scores(output, batch, "in_batch")
+    processor = model.processor()
+    queries, counted = model.expanded(processor.pad(processor.queries(rows.queries.texts(batch["query_ids"].numpy()))))
+    passages = processor.pad(processor.passages(rows.corpus.texts(batch["passage_ids"].flatten().numpy())))
+    mask = passages["attention_mask"].bool() & ~torch.isin(passages["input_ids"], torch.tensor(model._skipped))
+    assert counted.all() and not torch.equal(mask, passages["attention_mask"].bool())
+    for place, number in enumerate((1, 4)):
+        q, p = hidden_states(model, queries, number), hidden_states(model, passages, number)
+        torch.testing.assert_close(scores[place], maxsim(q, p, mask), atol=1e-3, rtol=1e-4)
+    # The final scores are of normalised, projected vectors.
+    assert not torch.allclose(scores[1], model.batch_scores(output, batch, "in_batch"))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "modernbert", "llama"])
+def test_a_ranker_applies_its_whole_head_to_each_layer(family, tmp_path, tiny_tokenizer, rows):
+    specials = family != "llama"
+    tokenizer = tiny_tokenizer if family == "bert" else tokenizer_for(tiny_tokenizer, specials=specials)
+    source = save_tiny(tmp_path / family, family, tokenizer, head="SequenceClassification", num_labels=1)
+    model = make("pair", source)
+    batch = batch_of(model, rows)
+    number = 3
+    output = model(**batch["tokens"]["student"], layers=(number, model.num_layers))
+    torch.testing.assert_close(output.scores, model(**batch["tokens"]["student"]))
+    # A model cut after that layer says the same, but for a final norm that stands after the last layer.
+    prefix, blocks = block_list(model.backbone)
+    holder, _, name = prefix.rpartition(".")
+    setattr(model.backbone.get_submodule(holder), name, torch.nn.ModuleList(blocks[:number]))
+    scores = model.layer_scores(output, batch, "own")
+    assert scores.shape == (2, 4, 3)
+    if family in ("modernbert", "llama"):
+        norm = next(
+            module for key, module in model.backbone.base_model.named_children() if key in ("final_norm", "norm")
+        )
+        norm.forward = lambda hidden: hidden
+    torch.testing.assert_close(model(**batch["tokens"]["student"]).view(4, 3), scores[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("archetype", ARCHETYPES)
+def test_layers_under_recomputation_and_only_what_is_asked_for(archetype, tiny_bert, rows):
+    model = make(archetype, tiny_bert)
+    batch = batch_of(model, rows)
+
+    def gradients(recompute: bool):
+        model.train()
+        model.zero_grad()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.recompute = recompute
+        output = model(**batch["tokens"]["student"], layers=(2,))
+        loss = model.layer_scores(output, batch, "own").sum() / 100 + model.batch_scores(output, batch, "own").sum()
+        loss.backward()
+        return loss.detach(), {
+            name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None
+        }
+
+    (plain, one), (cached, two) = gradients(False), gradients(True)
+    torch.testing.assert_close(plain, cached)
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=1e-3)
+    model.eval()
+    assert getattr(model(**batch["tokens"]["student"]), "layers", None) is None
+
+
+# ------------------------------------------------------------------------------------------------ golden cases
+
+
+class Case:
+    """Hidden stacks of a golden case as layer features, and its expected numbers."""
+
+    def __init__(self, name: str):
+        with np.load(GOLDEN / f"{name}.npz") as arrays:
+            self.arrays = {key: torch.from_numpy(np.array(arrays[key])).float() for key in arrays.files}
+        self.inputs = {
+            key: self.arrays[key].clone().requires_grad_(True)
+            for key in ("student_q", "student_d", "teacher_q", "teacher_d")
+        }
+        self.width = 1 + int(self.arrays["num_neg"])
+
+    def of(self, who: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Position 0 of every layer, in the fixed layout: `[Q, L, H]` and `[Q, M, L, H]`."""
+        query, passage = self.inputs[f"{who}_q"][:, :, 0], self.inputs[f"{who}_d"][:, :, 0]
+        return query, passage.unflatten(0, (-1, self.width))
+
+
+@pytest.mark.parametrize("name", ["lead_distill_de", "lead_distill_de_frozen_flag"])
+def test_lead_of_a_dense_teacher(name):
+    case = Case(name)
+    scores = {who: vector_layer_scores(*case.of(who), "in_batch") for who in ("student", "teacher")}
+    target = torch.arange(3) * case.width
+    chosen = [case.arrays[f"sel_{who}"].long() for who in ("student", "teacher")]
+    student, teacher = scores["student"][-1], scores["teacher"][-1]
+    parts = {
+        "loss_student": contrastive_loss(student, target),
+        "kl_t_s": kl_loss(student, teacher),
+        "layer": layer_alignment_loss(scores["student"][chosen[0]], scores["teacher"][chosen[1]], target),
+    }
+    if name == "lead_distill_de":
+        parts |= {"loss_teacher": contrastive_loss(teacher, target), "kl_s_t": kl_loss(teacher, student)}
+    for key, value in parts.items():
+        torch.testing.assert_close(value, case.arrays[key], atol=1e-5, rtol=1e-5)
+    total = torch.stack(list(parts.values())).sum()
+    torch.testing.assert_close(total, case.arrays["loss"], atol=1e-5, rtol=1e-5)
+    total.backward()
+    for key, tensor in case.inputs.items():
+        torch.testing.assert_close(tensor.grad, case.arrays[f"grad_{key}"], atol=1e-4, rtol=1e-4)
+
+
+def test_maxsim_of_the_original():
+    with np.load(GOLDEN / "lead_inbatch_colbert.npz") as arrays:
+        case = {key: torch.from_numpy(np.array(arrays[key])).float() for key in arrays.files}
+    width = 1 + int(case["num_neg"])
+    passage, mask = case["d"].unflatten(0, (-1, width)), case["doc_mask"].bool().unflatten(0, (-1, width))
+    everything = torch.ones(case["q"].shape[:2], dtype=torch.bool)
+    in_batch = token_scores(case["q"], passage, everything, mask, "in_batch")
+    torch.testing.assert_close(in_batch, case["scores"], atol=1e-5, rtol=1e-5)
+    own = token_scores(case["q"], passage, everything, mask, "own")
+    for row in range(3):
+        torch.testing.assert_close(own[row], in_batch[row, row * width : (row + 1) * width])
+
+
+def test_layers_drawn_as_in_the_original():
+    golden = np.load(GOLDEN / "lead_select_layer.npz")
+    # One generator draws all the cases of the file, one after the other, in its own order: replay each from the seed.
+    pairing = LayerPairing("random", 6, 12, 5, resample_every=1, seed=888)
+    drawn = [pairing.at(step) for step in range(6)]
+    assert (np.array([student for student, _ in drawn]) - 1).tolist() == golden["k5_student"].tolist()
+    assert (np.array([teacher for _, teacher in drawn]) - 1).tolist() == golden["k5_teacher"].tolist()
+    for name, depths, count in (("k6", (6, 12), 6), ("big", (12, 24), 5)):
+        pairing = LayerPairing("random", *depths, count, resample_every=1, seed=888)
+        drawn = [pairing.at(step) for step in range(6)]
+        assert (np.array([student for student, _ in drawn]) - 1).tolist() == golden[f"{name}_student"].tolist()
+        assert (np.array([teacher for _, teacher in drawn]) - 1).tolist() == golden[f"{name}_teacher"].tolist()
+
+
+# ------------------------------------------------------------------------------------------------------- pairing
+
+
+def test_pairs_depend_on_the_step_alone():
+    straight = LayerPairing("random", 6, 12, 3, resample_every=4, seed=7)
+    seen = [straight.at(step) for step in range(40)]
+    assert all(seen[step] == seen[step - step % 4] for step in range(40)) and len(set(seen)) > 5
+    jumping = LayerPairing("random", 6, 12, 3, resample_every=4, seed=7)
+    assert [jumping.at(step) for step in (39, 0, 17, 5)] == [seen[39], seen[0], seen[17], seen[5]]
+    for student, teacher in seen:
+        assert list(student) == sorted(set(student)) and list(teacher) == sorted(set(teacher))
+        assert len(student) == len(teacher) == 3 and max(student) <= 6 and max(teacher) <= 12
+
+
+@pytest.mark.parametrize(
+    ("pairing", "expected"),
+    [
+        # The original's own, zero-based there: student 1..5 with teacher 7..11, and with 0, 2, 4, 6, 8.
+        ("last", ((2, 3, 4, 5, 6), (8, 9, 10, 11, 12))),
+        ("skip", ((2, 3, 4, 5, 6), (1, 3, 5, 7, 9))),
+        ("even", ((1, 2, 4, 5, 6), (1, 4, 7, 9, 12))),
+        ("1:2,6:12", ((1, 6), (2, 12))),
+    ],
+)
+def test_fixed_pairings(pairing, expected):
+    assert LayerPairing(pairing, 6, 12).at(123) == expected
+
+
+@pytest.mark.parametrize(
+    ("pairing", "count", "message"),
+    [
+        ("1:2,7:12", None, "the student has the layers 1 to 6, not 7"),
+        ("1:13", None, "the teacher has the layers 1 to 12, not 13"),
+        ("0:1", None, "the student has the layers 1 to 6, not 0"),
+        ("nearest", None, "Choose random, last, skip, even"),
+        ("random", 7, "Use 1 to 6"),
+        ("1:1,2:2", 3, "but 2 are named"),
+    ],
+)
+def test_layers_that_do_not_exist_are_refused(pairing, count, message):
+    with pytest.raises(InputError, match=message):
+        LayerPairing(pairing, 6, 12, count)
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+
+def arguments(folder, **settings):
+    defaults = {
+        "use_cpu": True,
+        "per_device_train_batch_size": 4,
+        "num_negatives": 3,
+        "max_steps": 6,
+        "learning_rate": 1e-3,
+        "dropout": 0.0,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "seed": 3,
+        "report_to": "none",
+        "method": "lead",
+        "layer_resample_every": 2,
+        "num_layer_pairs": 2,
+    }
+    return DistillTrainingArguments(output_dir=str(folder), **{**defaults, **settings})
+
+
+def history(trainer) -> list[dict[str, float]]:
+    trainer.train()
+    names = {"loss", *trainer.terms}
+    return [{key: entry[key] for key in names} for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("teacher", ARCHETYPES)
+@pytest.mark.parametrize("student", ["dense", "tokens", "pair"])
+def test_layers_of_any_teacher_teach_any_student(student, teacher, tiny_bert, rows, tmp_path):
+    model = student_from("layers:2", make(student, tiny_bert))
+    trainer = DistillTrainer(
+        model, arguments(tmp_path, max_steps=2), [LiveTeacher("teacher", make(teacher, tiny_bert))], rows=rows
+    )
+    candidates = "own" if "pair" in (student, teacher) else "global"
+    assert {name: term.candidates for name, term in trainer.terms.items()} == dict.fromkeys(
+        ("contrastive", "kl", "layer_alignment"), candidates
+    )
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    logged = history(trainer)
+    assert all(np.isfinite(list(entry.values())).all() for entry in logged)
+    assert logged[0]["loss"] == pytest.approx(sum(logged[0][name] for name in trainer.terms), rel=1e-4)
+    assert any(not torch.equal(before[name], one) for name, one in model.state_dict().items())
+
+
+def test_the_logged_term_is_the_loss_of_the_paper(tiny_bert, rows, tmp_path):
+    """One step, recomputed from the collated batch with plain functions."""
+    teacher, student = make("tokens", tiny_bert), student_from("layers:2", make("dense", tiny_bert, pooling="cls"))
+    args = arguments(tmp_path, max_steps=1, layer_pairing="1:2,2:4", num_layer_pairs=None)
+    trainer = DistillTrainer(student, args, [LiveTeacher("teacher", teacher)], rows=rows)
+    trainer.terms["layer_alignment"].mask_false_negatives = False
+    batch = next(iter(trainer.get_train_dataloader()))
+    student.eval()
+    with torch.no_grad():
+        ours = student.layer_scores(student(**batch["tokens"]["student"], layers=(1, 2)), batch, "global")
+        theirs = teacher.layer_scores(teacher(**batch["tokens"]["teacher"], layers=(2, 4)), batch, "global")
+    expected = layer_alignment_loss(ours, theirs, torch.arange(4) * 4)
+    assert history(trainer)[0]["layer_alignment"] == pytest.approx(expected.item(), rel=1e-4)
