@@ -6,15 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-
-from hf_distill.data.lookup import hash_ids
+import xxhash
 
 
 def hashes_of(texts: pa.Array | pa.ChunkedArray | Sequence[str]) -> np.ndarray:
-    """64-bit hashes (`uint64[n]`) of strings."""
+    """The XXH3 hashes (`uint64[n]`) of strings."""
     if isinstance(texts, (pa.Array, pa.ChunkedArray)):
-        texts = texts.to_pylist()
-    return hash_ids(texts, len(texts))
+        data = texts.cast(pa.binary()).to_pylist()
+    else:
+        data = [text.encode("utf-8", "surrogatepass") for text in texts]
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, data), dtype=np.uint64, count=len(data))
 
 
 class Seen:
