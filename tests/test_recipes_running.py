@@ -34,7 +34,7 @@ RECIPE = {
 @pytest.fixture()
 def start(tmp_path, monkeypatch, micro):
     """Runs the recipe of sums with overrides; returns the run."""
-    monkeypatch.setattr(processes, "verb_command", stand_in)
+    monkeypatch.setattr(processes, "_start", stand_in)
     monkeypatch.setattr("hf_distill.recipes.runner.in_other_process", lambda *_: None)
     path = tmp_path / "sums.yaml"
     path.write_text(yaml.safe_dump(RECIPE, sort_keys=False))
@@ -47,8 +47,8 @@ def start(tmp_path, monkeypatch, micro):
     return start
 
 
-def stand_in(verb: str, config: Path, launch: str | None) -> list[str]:
-    return [sys.executable, str(COMMAND), verb, "--config", str(config)]
+def stand_in(words: list[str], log: Path) -> processes._Command:
+    return processes._Command([sys.executable, str(COMMAND), *words], log)
 
 
 def starts(run: RecipeRun) -> dict[str, int]:
@@ -190,7 +190,7 @@ def test_two_starts_at_once(start, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_the_result_is_the_same(tmp_path, micro):
-    """The recipe's own process is killed; the command that it had started must not outlive it."""
+    """The recipe's own process is killed; the program that it had started must not outlive it."""
     path = tmp_path / "sums.yaml"
     path.write_text(yaml.safe_dump(RECIPE, sort_keys=False))
     code = f"""
@@ -198,7 +198,7 @@ import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from pathlib import Path
 from hf_distill.recipes import RecipeRun, load_recipe, processes, runner
 from tests.test_recipes_running import stand_in
-processes.verb_command = stand_in
+processes._start = stand_in
 runner.in_other_process = lambda *_: None
 RecipeRun(load_recipe({str(path)!r}, overrides=["data={micro}", "pause=0.03"]), sys.argv[1]).run()
 """

@@ -6,7 +6,7 @@ What needs heavy imports runs in a process of its own, so that the one that wait
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,6 @@ from .records import Workspace
 # Values of model fields that are no models' names.
 _WORDS = ("bm25", "auto", "teacher", "student")
 _MINED = ("sources", "ranks", "retriever_scores")
-
-
-def in_other_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a function that is called in a fresh process."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def check_graph(recipe: Recipe, names: Sequence[str], workspace: Workspace) -> None:

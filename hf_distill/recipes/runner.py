@@ -13,9 +13,10 @@ from ..errors import InputError
 from ..files import write_text
 from . import processes
 from .board import Board, Line, duration
-from .checks import check_graph, check_ids, check_stages, command_settings, fields_to_check, in_other_process
+from .checks import check_graph, check_ids, check_stages, command_settings, fields_to_check
 from .keys import Contents, differences, stage_keys
 from .loading import Recipe
+from .processes import in_other_process
 from .records import DONE, FAILED, RUNNING, Record, Workspace
 from .results import stage_figures
 
@@ -202,7 +203,7 @@ class RecipeRun:
         config, log = self.workspace.file(name, ".yaml"), self.workspace.file(name, ".log")
         settings = command_settings(self.recipe, name, self.workspace)
         write_text(config, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-        command = processes.verb_command(stage.kind.verb, config, stage.launch)
+        words = processes.verb_command(stage.kind.verb, config, stage.launch)
         earlier, begin = record.seconds, time.monotonic()
         record.status, record.starts = RUNNING, record.starts + 1
 
@@ -214,8 +215,8 @@ class RecipeRun:
             record.seconds = earlier + time.monotonic() - begin
             board.says(line)
 
-        board.begins(name, " ".join(["hf-distill", *command[3:]]))
-        code = processes.run_command(command, log, started, says)
+        board.begins(name, " ".join(["hf-distill", *words]))
+        code = processes.run_words(words, log, started, says)
         record.seconds = earlier + time.monotonic() - begin
         record.process = None
         record.status = DONE if code == 0 else FAILED
@@ -224,9 +225,9 @@ class RecipeRun:
         self.workspace.save(record)
         board.ends(name, record.status, record.seconds, record.figures.get("headline", ""))
         if code != 0:
-            words = processes.last_words(log)
+            last = processes.last_words(log)
             raise InputError(
-                f"the command ended with code {code} after {duration(record.seconds)}; its last words:\n{words}\n",
+                f"the command ended with code {code} after {duration(record.seconds)}; its last words:\n{last}\n",
                 where=f"stage {name!r}",
                 cure=f"The whole log is {log}; the same command goes on here once this is mended",
             )
