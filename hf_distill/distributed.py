@@ -212,7 +212,7 @@ def whole_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     state = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if hasattr(tensor, "ds_id"):
-            from deepspeed.zero import GatheredParameters
+            from deepspeed.runtime.zero import GatheredParameters
 
             with GatheredParameters([tensor]):
                 state[name] = tensor.detach().clone()

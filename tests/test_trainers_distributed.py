@@ -250,7 +250,7 @@ def command(tmp_path_factory, micro, tiny_bert_source):
             "student": "layers:2",
             "output_dir": folder,
             "cache_dir": folder.parent / "cache",
-            "max_steps": 6,
+            "max_steps": 3,
             "per_device_train_batch_size": 8 // processes,
             "num_negatives": 2,
             "mine_depth": 20,
