@@ -1,4 +1,4 @@
-"""What a run reads, noted where it is read: so the manifests of all verbs are complete, and no verb need think of it."""
+"""What a run reads, noted where it is read: so the manifest of every verb is complete, and no verb thinks of it."""
 
 from __future__ import annotations
 

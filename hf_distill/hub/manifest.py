@@ -112,9 +112,7 @@ def _processor() -> str:
 def without_secrets(value: Any) -> Any:
     """A copy of nested settings with every token and password blanked."""
     if isinstance(value, Mapping):
-        return {
-            key: HIDDEN if _is_secret(str(key)) and item else without_secrets(item) for key, item in value.items()
-        }
+        return {key: HIDDEN if _is_secret(str(key)) and item else without_secrets(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [without_secrets(item) for item in value]
     return value
@@ -164,7 +162,7 @@ def run_manifest(**sections: Any) -> dict[str, Any]:
         "launch": launch_facts(),
     }
     if recorded is not None:
-        config = {name: value for option in recorded.options for name, value in _fields(option).items()}
+        config = config_of(recorded.options)
         started = recorded.started
         manifest |= {
             # Of the last start; what an earlier one had finished was not done again.
@@ -196,6 +194,10 @@ def write_manifest(folder: str | os.PathLike, **sections: Any) -> Path:
     """
     path = Path(folder) / MANIFEST
     manifest = run_manifest(**sections)
+    # What the run itself has made and then read is no source of it.
+    own = f"{os.path.abspath(folder)}{os.sep}"
+    sources = [one for one in manifest.get("sources", ()) if not os.path.abspath(one["name"]).startswith(own)]
+    manifest |= {"sources": sources} if "sources" in manifest else {}
     if path.is_file() and (verb := read_json(path).get("verb")) not in (None, manifest["verb"]):
         logger.debug("%s is of %s and stays", path, verb)
         path = path.with_name(f"run_manifest.{manifest['verb']}.json")
@@ -220,10 +222,12 @@ def launch_facts() -> dict[str, Any]:
     return facts
 
 
-def _fields(option: Any) -> dict[str, Any]:
-    if hasattr(option, "to_dict"):
-        return option.to_dict()
-    return asdict(option)
+def config_of(options: Sequence[Any]) -> dict[str, Any]:
+    """All settings of parsed option objects, as a manifest holds them."""
+    found: dict[str, Any] = {}
+    for option in options:
+        found |= option.to_dict() if hasattr(option, "to_dict") else asdict(option)
+    return without_secrets(json.loads(json.dumps(found, default=str)))
 
 
 def _precision(config: Mapping[str, Any]) -> dict[str, str]:
