@@ -281,7 +281,7 @@ def test_rows_without_num_positives_are_unlabelled(table, tables, tmp_path, capl
 # ---- Bad input ----
 def changed(table: pa.Table, row: int, name: str, value) -> pa.Table:
     values = table.column(name).to_pylist()
-    values[row] = value
+    values[row] = value(values[row]) if callable(value) else value
     return table.set_column(table.column_names.index(name), name, pa.array(values, table.schema.field(name).type))
 
 
@@ -290,8 +290,8 @@ def changed(table: pa.Table, row: int, name: str, value) -> pa.Table:
     ("name", "value", "problem"),
     [
         ("query_id", "q999", "'q999' is not among the 30 queries"),
-        ("document_ids", ["d1", "nowhere"], "'nowhere' is not among the 200 documents"),
-        ("document_ids", ["d1", "d2", "d1"], "documents 1 and 3 of the row are the same"),
+        ("document_ids", lambda ids: [f"no{name}" for name in ids], r"'nod\d+' is not among the 200 documents"),
+        ("document_ids", lambda ids: [ids[-1], *ids[1:]], "documents 1 and \\d+ of the row are the same"),
         ("num_positives", 77, "77 positives where the row has"),
         ("scores", [1.0], "1 entries for"),
     ],

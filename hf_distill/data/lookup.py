@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +19,14 @@ class DoubledIdError(ValueError):
         self.identifier, self.first, self.second = identifier, first, second
 
 
-def hash_ids(ids: Iterable[str], count: int) -> np.ndarray:
+def hash_ids(ids: Sequence[str], count: int) -> np.ndarray:
     """The XXH3 hashes (`uint64[count]`) of strings; lone surrogates, which no stored string has, hash too."""
     digest = xxhash.xxh3_64_intdigest
-    return np.fromiter((digest(text.encode("utf-8", "surrogatepass")) for text in ids), dtype=np.uint64, count=count)
+    try:
+        return np.fromiter(map(digest, map(str.encode, ids)), dtype=np.uint64, count=count)
+    except UnicodeEncodeError:
+        encoded = [text.encode("utf-8", "surrogatepass") for text in ids]
+        return np.fromiter(map(digest, encoded), dtype=np.uint64, count=count)
 
 
 class IdIndex:
@@ -74,7 +78,10 @@ class IdIndex:
     def _find_block(self, wanted: Sequence[str], ids: ArrowStrings) -> np.ndarray:
         result = np.full(len(wanted), -1, dtype=np.int64)
         hashes = hash_ids(wanted, len(wanted))
-        slots = np.searchsorted(self.hashes, hashes)
+        # In ascending order, so that neighbours in the memory map are touched one after the other.
+        order = np.argsort(hashes)
+        slots = np.empty(len(wanted), np.int64)
+        slots[order] = np.searchsorted(self.hashes, hashes[order])
         open_items = np.arange(len(wanted))
         while True:  # a second round happens only where two identifiers share a 64-bit hash
             inside = slots < len(self.hashes)

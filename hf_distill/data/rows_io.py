@@ -63,6 +63,19 @@ class RowReader:
             yield self._table(block)
 
     def _table(self, block: Block) -> pa.Table:
+        table, identifiers = self.coded(block)
+        positions = self.corpus.positions(identifiers)
+        if (positions < 0).any():
+            raise self.unknown_document(block, table, identifiers, int(np.argmax(positions < 0)))
+        codes = table.column(schema.DOCUMENTS).combine_chunks()
+        documents = pa.ListArray.from_arrays(codes.offsets, pa.array(positions[codes.values.to_numpy()]))
+        return table.set_column(table.column_names.index(schema.DOCUMENTS), schema.DOCUMENTS, documents)
+
+    def coded(self, block: Block) -> tuple[pa.Table, pa.Array]:
+        """The rows of a block, checked, with codes for documents, and the identifiers that the codes stand for.
+
+        Looking up is the dearest part of reading; whoever needs only some of the documents looks up those.
+        """
         notes = Notes()
         block = standard_rows(block, notes)
         notes.log(self.where)
@@ -75,24 +88,23 @@ class RowReader:
             row = int(np.argmax(query < 0))
             name = find_column(block, schema.QUERY_ID_NAMES)
             raise self._unknown(block, row, name, query_ids[row].as_py(), self.queries, "queries")
-        documents = self._documents(block, stored.column(schema.DOCUMENT_IDS).combine_chunks())
+        lists = stored.column(schema.DOCUMENT_IDS).combine_chunks()
+        # Mined candidates repeat within a block: each distinct one is looked up once.
+        encoded = lists.flatten().dictionary_encode()
+        codes = encoded.indices.cast(pa.int64())
+        documents = pa.ListArray.from_arrays(pa.array(list_offsets(lists), pa.int32()), codes)
         table = pa.Table.from_arrays(
             [pa.array(query), documents, *stored.columns[2:]],
             schema=schema.rows_schema(stored.column_names[3:], positions=True),
         )
-        return clean_rows(table, block.place)
+        return clean_rows(table, block.place), encoded.dictionary
 
-    def _documents(self, block: Block, lists: pa.Array) -> pa.Array:
-        flat = lists.flatten()
-        # Mined candidates repeat within a block: each distinct one is looked up once.
-        encoded = flat.dictionary_encode()
-        positions = self.corpus.positions(encoded.dictionary)[encoded.indices.to_numpy()]
-        if (positions < 0).any():
-            index = int(np.argmax(positions < 0))
-            row = int(np.searchsorted(list_offsets(lists), index, side="right")) - 1
-            name = schema.DOCUMENT_IDS
-            raise self._unknown(block, row, name, flat[index].as_py(), self.corpus, "corpus")
-        return pa.ListArray.from_arrays(pa.array(list_offsets(lists), pa.int32()), pa.array(positions))
+    def unknown_document(self, block: Block, table: pa.Table, identifiers: pa.Array, code: int) -> InputError:
+        """The error that a document of a `coded` table is not in the corpus, with the first row that has it."""
+        lists = table.column(schema.DOCUMENTS).combine_chunks()
+        first = int(np.argmax(lists.flatten().to_numpy() == code))
+        row = int(np.searchsorted(list_offsets(lists), first, side="right")) - 1
+        return self._unknown(block, row, schema.DOCUMENT_IDS, identifiers[code].as_py(), self.corpus, "corpus")
 
     def _unknown(self, block: Block, row: int, name: str, identifier: str, table, side: str) -> InputError:
         hint = f", and the rows were made for other {side} (the fingerprints differ)" if side in self.foreign else ""

@@ -22,6 +22,7 @@ from itertools import chain, islice, repeat
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from hf_distill.console import get_logger
@@ -41,13 +42,12 @@ from hf_distill.files import fingerprint
 
 logger = get_logger(__name__)
 
+_NOT_LOOKED_UP = -2
+
 # More lanes mix more distant rows and let more processes read apart; each costs an open unit.
 _MOST_LANES = 16
 # Threads that read while the last rows are used; what they wait for is mostly the network.
 _READERS = 4
-
-# A row of a block of joined rows.
-_Place = tuple[TrainingRows, int]
 
 
 class StreamedRows:
@@ -90,7 +90,7 @@ class StreamedRows:
                     cure="All files of a row set need the same columns",
                 )
         self.fingerprint = fingerprint([[file.key for file in files], queries.fingerprint, corpus.fingerprint])
-        self._reader = RowReader(queries, corpus, foreign=foreign_sides(self.metadata, queries, corpus), where=where)
+        self.reader = RowReader(queries, corpus, foreign=foreign_sides(self.metadata, queries, corpus), where=where)
         if schema.NUM_POSITIVES not in self._names:
             logger.warning("%s: no column 'num_positives'; its rows count as unlabelled", where)
 
@@ -171,24 +171,52 @@ class StreamedRows:
         """Whether any row has a positive."""
         return self.max_positives > 0
 
-    def blocks(self, part: int, start: int = 0, columns: Sequence[str] = ()) -> Iterator[RowSet]:
-        """The rows of a part from its row `start` on as small row sets in memory, with `columns` and no others.
+    def blocks(self, part: int, start: int = 0, columns: Sequence[str] = ()) -> Iterator[CodedRows]:
+        """The rows of a part from its row `start` on, some at a time, with `columns` and no others.
 
         Raises:
-            InputError: Unknown identifiers, lists of different lengths and what else a row set may not have; the
-                message names file, row and field.
+            InputError: Unknown queries, lists of different lengths and what else a row set may not have; the message
+                names file, row and field.
         """
         file, unit = self.parts[part]
-        known = [schema.NUM_POSITIVES] if schema.NUM_POSITIVES in self._names else []
-        wanted = [self._query_column, schema.DOCUMENT_IDS, *known, *columns]
+        # Sources are read in any case: a negative may stand in a row once for each of them.
+        further = [name for name in (schema.NUM_POSITIVES, schema.SOURCES) if name in self._names]
+        wanted = list(dict.fromkeys([self._query_column, schema.DOCUMENT_IDS, *further, *columns]))
+        for block in file.blocks(unit, start, wanted):
+            block.columns.setdefault(schema.NUM_POSITIVES, [0] * len(block))
+            yield CodedRows(self, block)
 
-        def blocks() -> Iterator[Block]:
-            for block in file.blocks(unit, start, wanted):
-                block.columns.setdefault(schema.NUM_POSITIVES, [0] * len(block))
-                yield block
 
-        for table in self._reader.tables(blocks()):
-            yield RowSet(in_memory(table), self.queries, self.corpus, self.metadata)
+class CodedRows(RowSet):
+    """A block of rows in memory whose documents are codes, to be looked up when it is known which are needed.
+
+    Args:
+        stream: Where they come from.
+        block: The rows as they are stored.
+    """
+
+    def __init__(self, stream: StreamedRows, block: Block):
+        self._reader, self._block = stream.reader, block
+        table, self._identifiers = stream.reader.coded(block)
+        super().__init__(in_memory(table), stream.queries, stream.corpus)
+        self._positions = np.full(len(self._identifiers), _NOT_LOOKED_UP, np.int64)
+
+    def look_up(self, codes: np.ndarray) -> None:
+        """Finds out the positions in the corpus of the documents of some codes."""
+        codes = np.unique(codes)
+        codes = codes[self._positions[codes] == _NOT_LOOKED_UP]
+        if not len(codes):
+            return
+        found = self.corpus.positions(self._identifiers.take(pa.array(codes)))
+        if (found < 0).any():
+            code = int(codes[np.argmax(found < 0)])
+            raise self._reader.unknown_document(self._block, self.table, self._identifiers, code)
+        self._positions[codes] = found
+
+    def joined(self, example: Example) -> Example:
+        """An example of these rows with positions in place of the codes, which must have been looked up."""
+        documents, positives = self._positions[example.documents], self._positions[example.positives]
+        return example._replace(documents=documents, positives=positives)
 
 
 class StreamedTrainingRows(torch.utils.data.Dataset):
@@ -233,10 +261,21 @@ class StreamedTrainingRows(torch.utils.data.Dataset):
             yield TrainingRows(rows, first_row=first, **self._options)
             first += len(rows)
 
+    @staticmethod
+    def examples(places: Sequence[tuple[TrainingRows, int]], epoch: int) -> list[Example]:
+        """The examples of rows of `blocks`: those of a block are looked up together."""
+        drawn = [(block.rows, block[row, epoch]) for block, row in places]
+        codes: dict[CodedRows, list[np.ndarray]] = {}
+        for rows, example in drawn:
+            codes.setdefault(rows, []).extend((example.documents, example.positives))
+        for rows, wanted in codes.items():
+            rows.look_up(np.concatenate(wanted))
+        return [rows.joined(example) for rows, example in drawn]
+
     def first_examples(self, number: int) -> list[Example]:
         """The examples of the first rows (at most `number`) in epoch 0, to look at before training."""
         blocks = chain.from_iterable(self.blocks(part) for part in range(len(self.rows.parts)))
-        return list(islice((block[row, 0] for block in blocks for row in range(len(block))), number))
+        return self.examples(list(islice(((block, row) for block in blocks for row in range(len(block))), number)), 0)
 
     def __getitem__(self, example: Example | None) -> Example:
         if example is None:
@@ -338,32 +377,32 @@ class StreamSampler(torch.utils.data.Sampler):
         yield from repeat(None, skipped * self.batch_size * self.processes)
         before, after = self.rank * self.batch_size, (self.rank + 1) * self.batch_size
         with ThreadPoolExecutor(_READERS, thread_name_prefix="rows") as threads:
-            lanes = [
-                (
-                    chain.from_iterable(_ahead(self._buffers(epoch, lane, skipped * order.width), threads)),
-                    max(before - lane * order.width, 0),
-                    min(after - lane * order.width, order.width),
-                )
-                for lane in range(before // order.width, -(-after // order.width))
-            ]
+            lanes = []
+            for lane in range(before // order.width, -(-after // order.width)):
+                first, end = max(before - lane * order.width, 0), min(after - lane * order.width, order.width)
+                buffers = self._buffers(epoch, lane, skipped * order.width, range(first, end))
+                lanes.append((chain.from_iterable(_ahead(buffers, threads)), end - first))
             for _ in range(skipped, order.batches):
                 yield from repeat(None, before)
-                for places, first, end in lanes:
-                    for block, row in list(islice(places, order.width))[first:end]:
-                        yield block[row, epoch]
+                for examples, number in lanes:
+                    yield from islice(examples, number)
                 yield from repeat(None, len(self) // order.batches - after)
 
-    def _buffers(self, epoch: int, lane: int, begin: int) -> Iterator[list[_Place]]:
-        """The shuffled buffers of a lane from its row `begin` on."""
+    def _buffers(self, epoch: int, lane: int, begin: int, own: range) -> Iterator[list[Example]]:
+        """The examples of a lane from its row `begin` on, a shuffled buffer at a time.
+
+        Of the rows that the lane gives to a batch only those in `own` are drawn; the others are other processes'.
+        """
         size = self.order.buffer
         number, inside = divmod(begin, size)
         rows = self._rows(epoch, lane, begin - inside)
         while places := list(islice(rows, size)):
             shuffled = self.order.permutation(epoch, lane, number, len(places))
-            yield [places[place] for place in shuffled[inside:]]
+            wanted = [row for row in range(inside, len(places)) if (number * size + row) % self.order.width in own]
+            yield self.dataset.examples([places[shuffled[row]] for row in wanted], epoch)
             number, inside = number + 1, 0
 
-    def _rows(self, epoch: int, lane: int, begin: int) -> Iterator[_Place]:
+    def _rows(self, epoch: int, lane: int, begin: int) -> Iterator[tuple[TrainingRows, int]]:
         for part, start, count in self.order.segments(epoch, lane, begin):
             with closing(self.dataset.blocks(part, start)) as blocks:
                 places = ((block, row) for block in blocks for row in range(len(block)))

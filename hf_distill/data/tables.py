@@ -234,8 +234,9 @@ class TextTable:
     def positions(self, ids: Sequence[str] | pa.Array | pa.ChunkedArray) -> np.ndarray:
         """Positions (`int64[n]`) of identifiers, -1 for those that are not here. Integers count as strings."""
         if isinstance(ids, (pa.Array, pa.ChunkedArray)):
-            ids = ids.to_pylist()
-        wanted = [identifier if isinstance(identifier, str) else str(identifier) for identifier in ids]
+            wanted = ids.cast(pa.string()).to_pylist()
+        else:
+            wanted = [identifier if isinstance(identifier, str) else str(identifier) for identifier in ids]
         if self._index is None:
             self._index = self._load_index()
         return self._index.find(wanted, self.ids)
