@@ -401,12 +401,10 @@ def check_training(
         teachers: By name, each with `candidate_sets` and `embedding_size`.
     """
     from ..evaluation import parse_measure
-    from ..models import CrossEncoderRanker
-    from ..retrieval import empty_index
+    from ..retrieval.searching import check_factory
     from ..trainers.base import check_batch, read_losses, read_sources
     from ..trainers.retrieval import check_terms
 
-    ranks_pairs = isinstance(model, CrossEncoderRanker)
     mining_options(row_options, args.seed)
     check_streaming(row_options)
     if row_options.rows is not None:
@@ -419,8 +417,7 @@ def check_training(
         check_terms(read_losses(args.losses), representation=model.representation, teachers=teachers or {})
     for measure in args.eval_measures.split(","):
         parse_measure(measure)
-    if index != "Flat" and not ranks_pairs:
-        empty_index(index, model.embedding_size)
+    check_factory(model, index)
 
 
 def mining_options(options: PoolOptions, seed: int, **more: Any) -> MiningOptions:

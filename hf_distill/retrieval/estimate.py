@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from ..models.base import RetrievalModel
-from ..models.cross_encoder import CrossEncoderRanker
 from .encode import as_inference_model, encode_job
 from .inference import InferenceModel
 from .searching import HasTexts
@@ -50,7 +49,7 @@ def estimate_seconds(
     if count < 1:
         return 0.0
     inference = as_inference_model(model, dtype=dtype, device=device, token_budget=token_budget)
-    ranker = isinstance(inference._source, CrossEncoderRanker)
+    ranker = inference.representation == "pair"
     corpus, queries = collection.corpus, collection.queries
     if not ranker:
         if encode_job(inference, corpus, "passage", storage=storage, cache_dir=cache_dir)[0].is_complete():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -124,7 +123,7 @@ class InvertedIndex:
         def write(number: int, path: Path) -> None:
             first = number * SEGMENT_ROWS
             path.mkdir(parents=True)
-            for name, array in zip(_PARTS, _segment(vectors.sparse_rows(first, first + SEGMENT_ROWS), scale)):
+            for name, array in zip(_PARTS, _segment(vectors.rows(first, first + SEGMENT_ROWS), scale)):
                 write_array(path / f"{name}.npy", array)
 
         job.run(write, "index", sizes=[min(SEGMENT_ROWS, rows - first) for first in bounds], unit="passage")
@@ -228,15 +227,23 @@ class InvertedIndex:
         """`int64[V]`, in how many documents each term is active."""
         return sum((np.diff(starts) for starts, _, _ in self._segments), np.zeros(self.dim, np.int64))
 
-    def postings(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Every term that occurs, with its documents in ascending order and their weights."""
-        for term in np.flatnonzero(self.document_frequencies()).tolist():
-            documents, weights = [], []
-            for number, (starts, local, values) in enumerate(self._segments):
-                cells = slice(starts[term], starts[term + 1])
-                documents.append(local[cells].astype(np.int64) + number * SEGMENT_ROWS)
-                weights.append(values[cells])
-            yield term, np.concatenate(documents), np.concatenate(weights)
+    def postings(self, term: int) -> tuple[np.ndarray, np.ndarray]:
+        """The documents of a term in ascending order, `int64[n]`, and their weights."""
+        documents, weights = [], []
+        for number, (starts, local, values) in enumerate(self._segments):
+            cells = slice(starts[term], starts[term + 1])
+            documents.append(local[cells].astype(np.int64) + number * SEGMENT_ROWS)
+            weights.append(values[cells])
+        return np.concatenate(documents), np.concatenate(weights)
+
+    def document_sums(self) -> np.ndarray:
+        """`float64[rows]` (whole numbers for impacts), the sum of each document's weights."""
+        sums = [
+            np.bincount(local, weights=values, minlength=min(SEGMENT_ROWS, len(self) - number * SEGMENT_ROWS))
+            for number, (_, local, values) in enumerate(self._segments)
+        ]
+        totals = np.concatenate(sums)
+        return totals if self.scale is None else totals.astype(np.int64)
 
 
 def _segment(rows: csr_matrix, scale: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

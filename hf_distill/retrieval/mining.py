@@ -17,7 +17,6 @@ from ..data.rows import RowSet
 from ..data.run import Run
 from ..errors import InputError
 from ..models.base import RetrievalModel
-from ..models.dense import DenseRetriever
 from .candidates import Candidates, KnownPositives
 from .encode import as_inference_model, model_identity
 from .index import EXACT
@@ -102,7 +101,7 @@ class MiningOptions:
 
 
 def mine(
-    retriever: Run | DenseRetriever | InferenceModel | str,
+    retriever: Run | RetrievalModel | InferenceModel | str,
     collection: Collection,
     split: str | None,
     *,
@@ -124,7 +123,7 @@ def mine(
     that none came through). Under accelerate all processes must call this; the rows are the same on any number.
 
     Args:
-        retriever: A run, a dense model, or `"bm25"`.
+        retriever: A run, a dense or lexical model, or `"bm25"`.
         collection: The collection.
         split: Whose queries and positives; None for unlabelled queries only.
         options: See [`MiningOptions`]; or give its fields as keyword arguments.
@@ -132,7 +131,7 @@ def mine(
         filter_teacher: A model that scores every candidate and positive, for margin and score limits to refer to
             instead of the retriever's scores; its scores stand in the column `scores`.
         source: The name of these negatives in the column `sources`; by default the retriever's.
-        factory: The index, for a dense retriever.
+        factory: The index, see [`search`].
         dtype: Precision of encoding and scoring.
         token_budget: Tokens of a batch.
         storage: Precision of stored embeddings.

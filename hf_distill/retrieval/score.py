@@ -12,12 +12,11 @@ from ..console import get_logger
 from ..data.run import Run
 from ..errors import InputError
 from ..models.base import RetrievalModel
-from ..models.cross_encoder import CrossEncoderRanker
 from .encode import as_inference_model, encode_job, encode_table, model_identity
 from .inference import InferenceModel
 from .searching import HasTexts, cosine_of_raw_vectors
 from .shards import ShardedJob, default_shard_rows, digest, working_folder, write_array
-from .store import EmbeddingStore
+from .store import VectorStore
 
 
 if TYPE_CHECKING:
@@ -30,6 +29,9 @@ SCORE_VERSION = 1
 
 _SHARD_PAIRS = 16384
 _BLOCK_NUMBERS = 2**24
+_SPARSE_PAIRS = 65536
+# How a row set's metadata calls who scored.
+_KINDS = {"dense": "dense", "sparse": "lexical", "tokens": "multi-vector", "pair": "cross-encoder"}
 
 
 def score_rows(
@@ -79,7 +81,7 @@ def score_rows(
         storage=storage,
         cache_dir=cache_dir,
     )
-    kind = "cross-encoder" if isinstance(inference._source, CrossEncoderRanker) else "dense"
+    kind = _KINDS[inference.representation]
     return rows.with_column(column, scores, kind=kind, **model_identity(inference))
 
 
@@ -177,7 +179,7 @@ def score_pairs(
     cache_dir: str | os.PathLike | None = None,
 ) -> np.ndarray:
     """Scores `float32[n]` of the pairs of `query` and `document`, both `int64[n]` positions."""
-    if isinstance(inference._source, CrossEncoderRanker):
+    if inference.representation == "pair":
         return _score_by_reading(inference, queries, corpus, query, document, cache_dir)
     return _score_by_embeddings(inference, queries, corpus, query, document, storage, cache_dir)
 
@@ -242,9 +244,14 @@ def _score_by_embeddings(
     right, document = _vectors(inference, corpus, document, "passage", storage, cache_dir)
     cosine = cosine_of_raw_vectors(inference)
     scores = np.empty(len(query), dtype=np.float32)
-    size = max(1024, _BLOCK_NUMBERS // left.dim)
+    sparse = inference.representation == "sparse"
+    size = _SPARSE_PAIRS if sparse else max(1024, _BLOCK_NUMBERS // left.dim)
     for start in range(0, len(query), size):
         part = slice(start, start + size)
+        if sparse:
+            product = left.take_sparse(query[part]).multiply(right.take_sparse(document[part]))
+            scores[part] = product.sum(axis=1).A1
+            continue
         a, b = left.take(query[part]), right.take(document[part])
         product = np.einsum("nd,nd->n", a, b)
         if cosine:
@@ -260,7 +267,7 @@ def _vectors(
     kind: str,
     storage: str,
     cache_dir: str | os.PathLike | None,
-) -> tuple[EmbeddingStore, np.ndarray]:
+) -> tuple[VectorStore, np.ndarray]:
     """A store that has the vectors of `positions`, and where they are in it.
 
     The whole table is encoded if it is there already or if most of it is asked for; else only what is asked for.

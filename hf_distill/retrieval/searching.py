@@ -1,4 +1,4 @@
-"""Search of a whole corpus with a dense model."""
+"""Search of a whole corpus with a dense or lexical model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import numpy as np
 
 from ..data.run import Run
 from ..errors import InputError
-from ..models.dense import DenseRetriever
+from ..models.base import RetrievalModel
 from .encode import as_inference_model, encode_table, encode_texts
-from .index import EXACT, Index
+from .index import EXACT, Index, empty_index
 from .inference import InferenceModel
+from .inverted import InvertedIndex, parse_factory
 from .shards import ShardedJob, default_shard_rows, working_folder, write_array
 
 
@@ -35,7 +36,7 @@ class HasTexts(Protocol):
 
 
 def search(
-    model: DenseRetriever | InferenceModel,
+    model: RetrievalModel | InferenceModel,
     collection: HasTexts,
     query_positions: Sequence[int] | np.ndarray | None = None,
     k: int = 100,
@@ -60,7 +61,7 @@ def search(
         collection: Anything with `queries` and `corpus`.
         query_positions: `int[n]`, the queries to search for; all by default.
         k: How many documents; the run is narrower if the corpus has fewer.
-        factory: `"Flat"` (exact), or a factory string of FAISS.
+        factory: `"Flat"` (exact); for a dense model any factory string of FAISS, for a lexical one `"Impact"`.
         search_options: FAISS parameters of searching, for example `"nprobe=32"`.
         dtype: Precision of encoding.
         token_budget: Tokens of an encoding batch.
@@ -79,13 +80,12 @@ def search(
     with working_folder(cache_dir, keep) as folder:
         queries = encode_table(inference, _selected(collection.queries, query), "query", cache_dir=folder)
         vectors = encode_table(inference, collection.corpus, "passage", storage=storage, cache_dir=folder)
-        normalize = cosine_of_raw_vectors(inference)
         rows = default_shard_rows(len(query), _SHARD_QUERIES)
         key = {
             "version": SEARCH_VERSION,
             "queries": queries.fingerprint,
             "vectors": vectors.fingerprint,
-            "normalize": normalize,
+            "normalize": cosine_of_raw_vectors(inference),
             "k": width,
             "factory": factory,
             "options": search_options,
@@ -93,13 +93,8 @@ def search(
         }
         job = ShardedJob.cached("search", key, -(-len(query) // rows), folder)
         if not job.is_complete_for_all():
-            index = Index.build(
-                vectors,
-                factory,
-                normalize=normalize,
-                device=device,
-                search_options=search_options,
-                cache_dir=folder,
+            index = build_index(
+                vectors, inference, factory, device=device, search_options=search_options, cache_dir=folder
             )
         run_search(job, rows, width, lambda start, stop: index.search(queries.rows(start, stop), width), len(query))
         documents, scores = read_search(job)
@@ -110,9 +105,9 @@ class Searcher:
     """A corpus that answers single questions: model and index stay in memory between them.
 
     Args:
-        model: A dense model, or `"bm25"`.
+        model: A dense or lexical model, or `"bm25"`.
         corpus: The passages.
-        factory: `"Flat"` (exact), or a factory string of FAISS.
+        factory: `"Flat"` (exact); for a dense model any factory string of FAISS, for a lexical one `"Impact"`.
         dtype: Precision of encoding.
         token_budget: Tokens of an encoding batch.
         storage: Precision of stored embeddings.
@@ -122,7 +117,7 @@ class Searcher:
 
     def __init__(
         self,
-        model: DenseRetriever | InferenceModel | str,
+        model: RetrievalModel | InferenceModel | str,
         corpus: Corpus,
         *,
         factory: str = EXACT,
@@ -142,9 +137,7 @@ class Searcher:
             return
         self._model = as_inference_model(model, dtype=dtype, device=device, token_budget=token_budget)
         store = encode_table(self._model, corpus, "passage", storage=storage, cache_dir=cache_dir)
-        self._index = Index.build(
-            store, factory, normalize=cosine_of_raw_vectors(self._model), device=device, cache_dir=cache_dir
-        )
+        self._index = build_index(store, self._model, factory, device=device, cache_dir=cache_dir)
 
     def __call__(self, question: str, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
         """Scores `float32[m]`, descending, and positions `int64[m]` of the m <= k best passages."""
@@ -156,7 +149,46 @@ class Searcher:
         return scores[0][found], positions[0][found]
 
 
-def cosine_of_raw_vectors(model: DenseRetriever | InferenceModel) -> bool:
+def build_index(
+    vectors: Any,
+    model: RetrievalModel | InferenceModel,
+    factory: str = EXACT,
+    *,
+    device: Any = None,
+    search_options: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> Index | InvertedIndex:
+    """The index that suits a model's vectors.
+
+    Args:
+        vectors: A store or array of the passages' vectors.
+        model: Who made them.
+        factory: See [`search`].
+        device: Where a dense model's index searches.
+        search_options: FAISS parameters of searching.
+        cache_dir: Instead of the default cache folder.
+    """
+    if model.representation == "sparse":
+        return InvertedIndex.build(vectors, parse_factory(factory), cache_dir=cache_dir)
+    return Index.build(
+        vectors,
+        factory,
+        normalize=cosine_of_raw_vectors(model),
+        device=device,
+        search_options=search_options,
+        cache_dir=cache_dir,
+    )
+
+
+def check_factory(model: RetrievalModel, factory: str) -> None:
+    """Raises [`InputError`] for an index that does not suit a model, before any work."""
+    if model.representation == "sparse":
+        parse_factory(factory)
+    elif factory != EXACT and model.representation == "dense":
+        empty_index(factory, model.embedding_size)
+
+
+def cosine_of_raw_vectors(model: RetrievalModel | InferenceModel) -> bool:
     """Whether a model is compared by cosine while its vectors have any length."""
     config = (model._source if isinstance(model, InferenceModel) else model).config
     return config.similarity == "cosine" and not config.normalize

@@ -65,7 +65,7 @@ class SparseStore(VectorStore):
         """Weights in all rows together."""
         return sum(len(terms) for _, terms, _ in self._shards)
 
-    def sparse_rows(self, start: int, stop: int) -> csr_matrix:
+    def rows(self, start: int, stop: int) -> csr_matrix:
         """Rows `start` to `stop` as `scipy.sparse.csr_matrix[n, V]` of float32."""
         start, stop = max(0, start), min(stop, len(self))
         parts = []
@@ -96,17 +96,17 @@ class SparseStore(VectorStore):
             local = positions[order][owner[order] == number] - (self._row_ends[number] - len(ends))
             parts.append(_pick(ends, terms, weights, local, self.dim))
         if not parts:
-            return self.sparse_rows(0, 0)
+            return self.rows(0, 0)
         return vstack(parts, format="csr")[np.argsort(order, kind="stable")]
 
     def take(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
         """Rows at `positions` with their zeros, `float32[n, V]`: for a batch of training, not for a corpus."""
         return self.take_sparse(positions).toarray()
 
-    def sparse_blocks(self, rows: int) -> Iterator[tuple[int, csr_matrix]]:
+    def blocks(self, rows: int) -> Iterator[tuple[int, csr_matrix]]:
         """All rows as pairs *(first row, at most `rows` rows)*."""
         for start in range(0, len(self), rows):
-            yield start, self.sparse_rows(start, start + rows)
+            yield start, self.rows(start, start + rows)
 
 
 def _open(folder: Path) -> tuple[np.ndarray, ...]:
