@@ -20,18 +20,21 @@ VERBS = {
     "distill": "Train a small student from a strong teacher: mines, scores, trains and evaluates.",
     "train": "Train a bi-encoder or a cross-encoder on labelled rows.",
     "mine": "Find hard negatives and write them as a row set.",
+    "episode": "Mine the teleportation negatives of an episode (ANCE-Tele).",
     "score": "Write a teacher's scores into a row set.",
     "select": "Keep the rows whose query satisfies a rule on the ranks of student and teacher.",
     "evaluate": "Measure models, BM25 or runs on a collection.",
+    "forgetting": "Say what each episode learned and forgot, and where its negatives came from.",
     "compare": "Say which differences between runs are more than chance.",
     "reproduce": "Print or run the command that made a model or data set, and compare.",
     "recipe": "Run a file of stages (mine, train, score, distill ...) in order, resumable.",
     "convert": "Turn data in another format into a folder of this project's layout.",
+    "push": "Push a model, rows, a collection or a checkpoint to the Hub.",
     "search": "Search a collection with a model.",
     "demo": "Build the demonstration collection and distil a student on it.",
 }
 # Verbs whose work several processes share; the others run in one.
-SHARED = ("distill", "train", "mine", "score", "evaluate")
+SHARED = ("distill", "train", "mine", "episode", "score", "evaluate")
 
 
 def _usage() -> str:

@@ -109,6 +109,9 @@ class TrainOptions:
     kind: str | None = _option(
         None, "What is trained. Default: what the checkpoint is.", choices=["dense", "cross_encoder"]
     )
+    layers: str | None = _option(
+        None, "Keep only these layers: N (the first), N:last, N:even, or their numbers from 1. Default: all."
+    )
 
 
 @dataclass
@@ -161,7 +164,50 @@ class IndexOptions(EncodeOptions):
 
 
 @dataclass
-class MineOptions:
+class PushToOptions:
+    """Whether a row set also goes to the Hub."""
+
+    push_to: str | None = _option(
+        None, "Push the rows to this data repository, you/name: with their texts, as sentence-transformers reads them."
+    )
+    private: bool | None = _option(None, "Whether a new repository is private. Default: as the account is set up.")
+
+
+@dataclass
+class PushOptions:
+    """What to push, and where."""
+
+    _argument_group_name = "push"
+
+    folder: str | None = _option(None, "What to push (may stand first, without the flag).")
+    repo_id: str | None = _option(None, "The repository: you/name.")
+    repo_type: str | None = _option(
+        None,
+        "Push all files as they are into such a repository. Default: what the folder holds decides.",
+        choices=["model", "dataset", "space"],
+    )
+    private: bool | None = _option(None, "Whether a new repository is private. Default: as the account is set up.")
+    revision: str | None = _option(None, "The branch; it is made if there is none. Default: main.")
+    message: str | None = _option(None, "Of the commit.")
+    overwrite: bool = _option(False, "Replace the files of another run in the repository.")
+    data: str | None = _option(
+        None, "For rows: the collection that they belong to. Default: what their manifest names, or the folder around."
+    )
+    data_revision: str | None = _option(None, "Its branch, tag or commit on the Hub.")
+    name: str | None = _option(None, "For rows: the name of the full row set. Default: the folder's.")
+    num_negatives: int | None = _option(
+        None, "For rows: negatives of each row in the config 'train'. Default: what nine tenths of the rows have."
+    )
+    template: str | None = _option(
+        None, "For rows: how title and text of a passage become one string. Default: as the retriever read them."
+    )
+    cache_dir: str | None = _option(
+        None, "Where prepared data is kept. Default: $HF_DISTILL_CACHE or ~/.cache/hf_distill."
+    )
+
+
+@dataclass
+class MineOptions(PushToOptions):
     """What to mine with, and where the rows go."""
 
     _argument_group_name = "mining"
@@ -182,7 +228,52 @@ class MineOptions:
 
 
 @dataclass
-class ScoreOptions:
+class EpisodeMiningOptions:
+    """Which episode, with what, and where the pool goes."""
+
+    _argument_group_name = "episode"
+
+    model: str | None = _option(
+        None, "The miner: the model of the episode before, in the first one the pretrained model; or bm25."
+    )
+    model_revision: str | None = _option(None, "Its branch, tag or commit.")
+    episode: int = _option(1, "Its number, from 1.")
+    previous: str | None = _option(None, "The pool of the episode before, a row set's name or folder, for momentum.")
+    train_split: str = _option("train", "Judgements whose queries get rows.")
+    depth: int = _option(200, "Passages retrieved for each query, and for each positive.")
+    pool_depth: int | None = _option(None, "Draw from the first so many without positives. Default: from all.")
+    query_negatives: int = _option(30, "Drawn from the neighbours of the query.")
+    positive_negatives: int = _option(30, "Drawn from the neighbours of its first positive (lookahead).")
+    momentum: bool = _option(True, "Keep the pool of the episode before.")
+    keep_queries: str = _option(
+        "previous", "Whose queries and positives a pool with momentum has.", choices=["previous", "now"]
+    )
+    answers: str | None = _option(
+        None, 'JSON lines {"query_id": ..., "answers": [...]}: passages with an answer are no negatives.'
+    )
+    max_queries: int | None = _option(None, "Use this many training queries, a seeded sample. Default: all.")
+    seed: int = _option(42, "Of the draws.")
+    output_dir: str | None = _option(None, "Folder of the pool.")
+
+
+@dataclass
+class ForgettingOptions:
+    """What to compare."""
+
+    _argument_group_name = "episodes"
+
+    rows: list[str] | None = _option(None, "The pools of the episodes in order, as hf-distill episode wrote them.")
+    model: str | None = _option(None, "The model that was trained on the last pool.")
+    twin: str | None = _option(
+        None, "The same model from another seed: what differs between the two is the noise that forgetting has."
+    )
+    split: str = _option("train", "Judgements of the pools' queries.")
+    depth: int = _option(100, "Ranks below count as not found.")
+    output_dir: str | None = _option(None, "Folder for metrics.json, ranks of each query, and plots.")
+
+
+@dataclass
+class ScoreOptions(PushToOptions):
     """Whose scores, and of which rows."""
 
     _argument_group_name = "scoring"
@@ -278,7 +369,7 @@ class ReproduceOptions:
         None, "An output folder, its run_manifest.json, or a Hub repository, also repo@revision (may stand first)."
     )
     run: bool = _option(False, "Run the command in a fresh folder and compare the results; else it is only printed.")
-    output_dir: str | None = _option(None, "That folder. Default: the original's name with -again behind it.")
+    output_dir: str | None = _option(None, "That folder. Default: outputs/NAME-again, after the original's name.")
     replace: list[str] | None = _option(
         None, "Where folders are now that have moved, as recorded=present, for example my_data=/data/my_data."
     )

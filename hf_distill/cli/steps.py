@@ -223,26 +223,6 @@ def finish_training(trainer: BaseTrainer) -> RetrievalModel:
     return trainer.whole_model()
 
 
-def check_push(args: Any) -> None:
-    """Opens the repository that a run will push to, before any work; see [`open_target`]. All processes call this."""
-    if args.push_to_hub and is_main_process():
-        from ..hub.push import RUN_KEY
-        from ..trainers.publishing import open_target
-
-        open_target(args, read_json(Path(args.output_dir) / RUN_KEY))
-    wait_for_everyone()
-
-
-def publish(trainer: BaseTrainer) -> None:
-    """Pushes a finished run if that was asked for; all processes must call this.
-
-    Raises:
-        HubError: If the Hub does not take it. The run is complete in its folder.
-    """
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
-
-
 def encode_settings(options: EncodeOptions, data: CollectionOptions) -> dict[str, Any]:
     """Keyword arguments of [`encode_table`] and of what stands on it."""
     return {
@@ -274,7 +254,15 @@ def model_overrides(options: ModelOptions, ranker: bool = False) -> dict[str, An
     return given
 
 
-def open_model(name: str, kind: str | None, revision: str | None, options: ModelOptions, seed: int) -> RetrievalModel:
+def open_model(
+    name: str,
+    kind: str | None,
+    revision: str | None,
+    options: ModelOptions,
+    seed: int,
+    *,
+    layers: str | None = None,
+) -> RetrievalModel:
     """Opens what is to be trained.
 
     Args:
@@ -284,16 +272,18 @@ def open_model(name: str, kind: str | None, revision: str | None, options: Model
         options: The person's wishes.
         seed: Of weights that the checkpoint lacks (a new head, a projection), so that every process and a later
             start of the same run begin with the same ones.
+        layers: Which layers are kept, as in `"layers:..."` of [`student_from`]; None for all.
     """
     from transformers import set_seed
 
-    from ..models import CrossEncoderRanker, DenseRetriever, load_model
+    from ..models import CrossEncoderRanker, DenseRetriever, load_model, student_from
 
     if kind is None:
         kind = "cross_encoder" if isinstance(load_model(name, revision=revision), CrossEncoderRanker) else "dense"
     archetype = CrossEncoderRanker if kind == "cross_encoder" else DenseRetriever
     set_seed(seed)
-    return archetype.from_pretrained(name, revision=revision, **model_overrides(options, kind == "cross_encoder"))
+    model = archetype.from_pretrained(name, revision=revision, **model_overrides(options, kind == "cross_encoder"))
+    return model if layers is None else student_from(f"layers:{layers}", model)
 
 
 def named_rows(data: Data, name: str, revision: str | None = None, streaming: bool = False) -> RowSet | StreamedRows:
@@ -436,6 +426,16 @@ def mining_options(options: PoolOptions, seed: int, **more: Any) -> MiningOption
     )
 
 
+def sampled_queries(data: Data, limit: int | None, seed: int) -> np.ndarray | None:
+    """Positions of at most `limit` training queries, a seeded sample; None for all."""
+    if limit is None:
+        return None
+    queries = data.collection.split(data.train).query_positions()
+    if limit >= len(queries):
+        return queries
+    return np.sort(np.random.default_rng(seed).choice(queries, limit, replace=False))
+
+
 def mined_rows(
     retriever: str | RetrievalModel | Run,
     data: Data,
@@ -461,11 +461,7 @@ def mined_rows(
     """
     from ..retrieval import mine
 
-    queries = None
-    if options.max_queries is not None:
-        queries = data.collection.split(data.train).query_positions()
-        if options.max_queries < len(queries):
-            queries = np.sort(np.random.default_rng(seed).choice(queries, options.max_queries, replace=False))
+    queries = sampled_queries(data, options.max_queries, seed)
     return mine(
         retriever,
         data.collection,

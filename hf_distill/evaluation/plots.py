@@ -14,8 +14,11 @@ from hf_distill.files import atomic_path
 
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from hf_distill.evaluation.forgetting import Change
 
 
 # Okabe and Ito's colours, which people with colour blindness can tell apart; one for each well-known system, so that
@@ -136,6 +139,51 @@ def plot_training(log_history: Sequence[Mapping[str, Any]], path: str | os.PathL
         axes.set_xlim(0, max(steps) * 1.02 or 1)
     all_axes[-1].set_xlabel("step")
     _title(all_axes[0], "Training", None)
+    return _save(figure, path)
+
+
+def plot_forgetting(changes: Sequence[Change], path: str | os.PathLike) -> Path:
+    """Learning and forgetting of every episode, and the noise where it was measured.
+
+    Args:
+        changes: From [`hf_distill.evaluation.forgetting.changes`].
+        path: The PNG.
+    """
+    figure, (above, below) = _canvas(6.4, 5.2, rows=2)
+    places = range(len(changes))
+    above.plot(places, [one.rr for one in changes], color=_INK, marker="o", markersize=4)
+    above.set_ylabel("mean reciprocal rank")
+    for name, colour in (("learning", _COLOURS["bm25"]), ("forgetting", _COLOURS["student"]), ("noise", _FAINT)):
+        points = [(i, 100 * getattr(one, name)) for i, one in enumerate(changes) if getattr(one, name) is not None]
+        if points:
+            below.plot(*zip(*points), color=colour, marker="o", markersize=4, label=name)
+    below.set_ylabel("% of the training queries")
+    below.set_ylim(bottom=0)
+    below.legend(frameon=False, fontsize=9)
+    below.set_xticks(list(places), [one.name.replace("_", " ") for one in changes])
+    _title(above, "Learning and forgetting", f"{changes[0].n_queries:,} queries")
+    return _save(figure, path)
+
+
+def plot_composition(shares: np.ndarray, names: Sequence[str], path: str | os.PathLike) -> Path:
+    """Which episode was the first to supply the negatives of each.
+
+    Args:
+        shares: `float[episodes, episodes]` from [`hf_distill.evaluation.forgetting.composition`].
+        names: Of the episodes.
+        path: The PNG.
+    """
+    figure, axes = _canvas(6.4, 3.4)
+    below = [0.0] * len(names)
+    palette = (*_COLOURS.values(), *_MORE)
+    for first, name in enumerate(names):
+        heights = [100 * float(row[first]) for row in shares]
+        axes.bar(range(len(names)), heights, bottom=below, color=palette[first % 11], width=0.6, label=name)
+        below = [low + height for low, height in zip(below, heights)]
+    axes.set_ylabel("% of the negatives")
+    axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axes.legend(title="first supplied by", frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    _title(axes, "Where the negatives came from", None)
     return _save(figure, path)
 
 

@@ -69,6 +69,24 @@ register_kind(
 )
 register_kind(
     StageKind(
+        "episode",
+        1,
+        ROWS,
+        {"data": COLLECTION, "model": MODEL, "previous": ROWS, "answers": RUN},
+        (("data",), ("model",)),
+    )
+)
+register_kind(
+    StageKind(
+        "forgetting",
+        1,
+        FIGURES,
+        {"data": COLLECTION, "rows": ROWS, "model": MODEL, "twin": MODEL},
+        (("data",), ("rows",), ("model",)),
+    )
+)
+register_kind(
+    StageKind(
         "score",
         1,
         ROWS,
@@ -104,6 +122,12 @@ register_kind(
         {"data": COLLECTION, "model": MODEL, "rerank": MODEL},
         (("data",), ("model",)),
     )
+)
+register_kind(
+    StageKind("convert", 1, COLLECTION, {"input": ANYTHING}, (("input",),)),
+)
+register_kind(
+    StageKind("compare", 1, ANYTHING, {"data": COLLECTION, "systems": ANYTHING}, (("systems",),)),
 )
 
 

@@ -59,6 +59,9 @@ class RetrievalOptions:
         False,
         "Leave the word embeddings as they are: most of a small model's weights, and a student has its teacher's.",
     )
+    stop_after: int | None = _option(
+        None, "Stop after this many steps, with the learning rates that the whole run has until then."
+    )
     eval_measures: str = _option("nDCG@10,RR@10,R@100", "Measures of the evaluation during training.")
     eval_depth: int = _option(100, "Passages retrieved (or re-ranked) for a query in an evaluation.")
     eval_corpus_size: int | None = _option(
@@ -73,9 +76,6 @@ class RetrievalOptions:
 class DistillOptions(RetrievalOptions):
     """Options of [`DistillTrainer`]; see [`RetrievalOptions`] for the rest."""
 
-    calibration_rows: int = _option(
-        1024, "Rows whose teacher scores are looked at before training: for warnings and for fitted temperatures."
-    )
     method: str | None = _option(
         None,
         "A usual set of losses, where losses names none: response (KL to the teacher), none (contrastive alone), "
@@ -96,3 +96,6 @@ class DistillOptions(RetrievalOptions):
         None, "Its linear warm-up: a number of steps, or below 1 a share of all steps. Default: the student's."
     )
     teacher_lr_scheduler_type: str | None = _option(None, "Its schedule, linear say. Default: the student's.")
+    calibration_rows: int = _option(
+        1024, "Rows whose teacher scores are looked at before training: for warnings and for fitted temperatures."
+    )

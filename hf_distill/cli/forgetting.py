@@ -1,0 +1,108 @@
+"""`hf-distill forgetting`: what every episode learned and forgot, and where its negatives came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ..console import is_main_process, print_table
+from ..errors import InputError
+from .episode import RANKS_COLUMN, RANKS_FILE
+from .options import CollectionOptions, ForgettingOptions, IndexOptions
+from .parsing import Verb, require
+
+
+def run(data_options: CollectionOptions, options: ForgettingOptions, encode_options: IndexOptions) -> None:
+    """Compares the episodes, prints tables, and keeps figures, ranks and plots."""
+    require(
+        "forgetting",
+        data=(data_options.data, "the collection, a folder or Hub id"),
+        rows=(options.rows, "the pools of the episodes in order"),
+        model=(options.model, "the model that was trained on the last pool"),
+        output_dir=(options.output_dir, "folder for figures and plots"),
+    )
+    from ..evaluation.forgetting import changes, composition, negative_keys, overlap, positive_ranks, write_ranks
+    from ..evaluation.plots import plot_composition, plot_forgetting
+    from ..evaluation.report import update_metrics
+    from ..files import write_json
+    from ..hub.manifest import write_manifest
+    from ..models import load_model
+    from . import steps
+
+    mined = [_miner_ranks(folder) for folder in options.rows]
+    data = steps.Data.open(data_options)
+    data.train = options.split
+    collection, qrels = data.collection, data.collection.split(options.split)
+    pools = [steps.named_rows(data, name) for name in options.rows]
+    ids = list(mined[0])
+    for name, ranks in zip(options.rows, mined):
+        if set(ranks) != set(ids):
+            raise InputError(
+                f"its {len(ranks)} queries are not the {len(ids)} of {options.rows[0]}",
+                where=name,
+                cure="Mine all episodes for the same queries",
+            )
+    queries = collection.queries.positions(ids)
+    encode = steps.encode_settings(encode_options, data_options)
+
+    def ranks_of(origin: str) -> np.ndarray:
+        found = steps.candidates_run(load_model(origin), data, queries, options.depth, encode, encode_options.index)
+        return positive_ranks(found, qrels, queries, options.depth)
+
+    ranks = [np.array([one[identifier] for identifier in ids]) for one in mined]
+    ranks = np.stack([np.where(one > options.depth, 0, one) for one in ranks] + [ranks_of(options.model)])
+    names = ["pretrained", *(f"episode_{number}" for number in range(1, len(options.rows) + 1))]
+    twins = [None] * (len(names) - 1) + [ranks_of(options.twin) if options.twin is not None else None]
+    found = changes(names, ranks, twins)
+    keys = [negative_keys(pool) for pool in pools]
+    shares, common = composition(keys), overlap(keys)
+    print_table(
+        f"{collection.name}/{options.split}: {len(ids):,} queries",
+        ["episode", f"RR@{options.depth}", "learning", "forgetting", "lost", "noise"],
+        [
+            [one.name, *(_percent(value) for value in (one.rr, one.learning, one.forgetting, one.lost, one.noise))]
+            for one in found
+        ],
+    )
+    if not is_main_process():
+        return
+    folder = Path(options.output_dir)
+    for change in found:
+        figures = {name: value for name, value in change.as_dict().items() if name not in ("name", "rr")}
+        figures[f"RR@{options.depth}"] = change.rr
+        update_metrics(folder / "metrics.json", f"{collection.name}/{options.split}", change.name, figures)
+    write_json(
+        folder / "negatives.json",
+        {"episodes": names[1:], "first_supplied_by": shares.tolist(), "shared_with": common.tolist()},
+    )
+    write_ranks(folder / "ranks.parquet", ids, names, ranks)
+    plot_forgetting(found, folder / "plots" / "forgetting.png")
+    plot_composition(shares, names[1:], folder / "plots" / "negatives.png")
+    write_manifest(folder, data=data.facts())
+
+
+def _miner_ranks(folder: str) -> dict[str, int]:
+    import pyarrow.parquet as pq
+
+    path = Path(folder) / RANKS_FILE
+    if not path.is_file():
+        raise InputError(
+            "it does not hold the ranks of its miner", where=folder, cure="Make it with hf-distill episode"
+        )
+    table = pq.read_table(path)
+    return dict(zip(table.column("query_id").to_pylist(), table.column(RANKS_COLUMN).to_pylist()))
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2%}"
+
+
+VERB = Verb(
+    "forgetting",
+    "Say what each episode learned and forgot, and where its negatives came from.",
+    (CollectionOptions, ForgettingOptions, IndexOptions),
+    run,
+    example="hf-distill forgetting --data my_collection --rows outputs/pool_1 outputs/pool_2 --model outputs/model_2 "
+    "--output_dir outputs/forgetting",
+)
