@@ -334,7 +334,10 @@ def _write_file(path: Path, tables: _Limited, advance: Callable[[int], Any]) -> 
     import pyarrow.parquet as pq
 
     try:
-        with atomic_path(path) as temporary, pq.ParquetWriter(temporary, tables.schema) as writer:
+        with (
+            atomic_path(path) as temporary,
+            pq.ParquetWriter(temporary, tables.schema, compression="zstd") as writer,
+        ):
             for table in tables:
                 writer.write_table(table)
                 advance(table.num_rows)

@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from hf_distill.errors import InputError
 
 
@@ -33,15 +31,25 @@ CURE = (
 _MARK = object()
 _LONGEST = 64 * 2**20
 
-# The names that a NumPy scalar needs (the last in protocols before 3); they stand for themselves, nothing is imported.
-_SCALAR, _DTYPE, _ENCODE = object(), object(), object()
+
+class _Global:
+    """A name in a pickle, which stands for itself: nothing is imported."""
+
+
+# The names that a NumPy scalar needs (`encode` in protocol 2).
+_SCALAR, _DTYPE, _ENCODE = _Global(), _Global(), _Global()
 _GLOBALS = {
     ("_codecs", "encode"): _ENCODE,
     ("numpy.core.multiarray", "scalar"): _SCALAR,
     ("numpy._core.multiarray", "scalar"): _SCALAR,
     ("numpy", "dtype"): _DTYPE,
 }
-_KINDS = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
+
+# NumPy's types as those of `struct`.
+_FORMS = {
+    **{"f2": "e", "f4": "f", "f8": "d", "b1": "?"},
+    **{"i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q"},
+}
 
 
 def is_pickle(path: str | Path) -> bool:
@@ -90,8 +98,19 @@ def read_pickled_items(path: str | Path) -> Iterator[tuple[Any, Any]]:
 
 
 class _Dtype:
-    def __init__(self, kind: str):
-        self.kind, self.order = kind, "<"
+    """A type of NumPy's numbers."""
+
+    def __init__(self, form: str):
+        self.unpack = struct.Struct("<" + form).unpack
+        self.form = form
+
+    def swap(self) -> None:
+        """Bytes in the other order."""
+        self.unpack = struct.Struct(">" + self.form).unpack
+
+
+# What later entries may refer to; the rest is forgotten once it is handed on.
+_LASTING = (str, _Dtype, _Global)
 
 
 class _Machine:
@@ -133,7 +152,10 @@ class _Machine:
         # A length in a broken or hostile file may be anything; what is really there is read piece by piece.
         if count > _LONGEST:
             raise Refused(f"a string of {count} bytes")
-        parts, left = [], count
+        data = self.stream.read(min(count, 2**20))
+        if len(data) == count:
+            return data
+        parts, left = [data], count - len(data)
         while left:
             part = self.stream.read(min(left, 2**20))
             if not part:
@@ -170,9 +192,9 @@ class _Machine:
 
     def keep(self, slot: int) -> None:
         value = self.stack[-1]
-        lasting = isinstance(value, (str, _Dtype)) or any(value is one for one in (*_GLOBALS.values(), self.outer))
-        (self.memo if lasting else self.brief)[slot] = value
-        self.noted = max(self.noted, slot + 1)
+        (self.memo if type(value) in _LASTING or value is self.outer else self.brief)[slot] = value
+        if slot >= self.noted:
+            self.noted = slot + 1
 
     def recall(self, slot: int) -> None:
         if slot not in self.memo and slot not in self.brief:
@@ -224,15 +246,14 @@ class _Machine:
             raise Refused("a call without arguments")
         if function is _DTYPE and arguments and isinstance(arguments[0], str):
             kind = arguments[0].lstrip("<=|")
-            if kind not in _KINDS:
+            if kind not in _FORMS:
                 raise Refused(f"NumPy's type {arguments[0]!r}")
-            self.push(_Dtype(kind))
-        elif function is _SCALAR and len(arguments) == 2 and isinstance(arguments[0], _Dtype):
-            kind, data = arguments
-            form = np.dtype(kind.order + kind.kind)
-            if type(data) is not bytes or len(data) != form.itemsize:
-                raise Refused("a NumPy scalar of the wrong size")
-            self.push(np.frombuffer(data, form)[0].item())
+            self.push(_Dtype(_FORMS[kind]))
+        elif function is _SCALAR and len(arguments) == 2 and type(arguments[0]) is _Dtype:
+            try:
+                self.push(arguments[0].unpack(arguments[1])[0])
+            except (struct.error, TypeError):
+                raise Refused("a NumPy scalar that is none") from None
         elif function is _ENCODE and len(arguments) == 2 and arguments[1] == "latin1" and type(arguments[0]) is str:
             self.push(arguments[0].encode("latin1"))
         else:
@@ -240,9 +261,10 @@ class _Machine:
 
     def build(self) -> None:
         state, target = self.pop(), self.stack[-1]
-        if not isinstance(target, _Dtype) or type(state) is not tuple or len(state) < 2 or state[1] not in "<>|=":
+        if type(target) is not _Dtype or type(state) is not tuple or state[1:2] not in (("<",), (">",), ("|",)):
             raise Refused("an object with a state")
-        target.order = ">" if state[1] == ">" else "<"
+        if state[1] == ">":
+            target.swap()
 
 
 def _check_value(value: Any) -> None:
