@@ -194,7 +194,7 @@ class PushOptions:
         None, "For rows: the collection that they belong to. Default: what their manifest names, or the folder around."
     )
     data_revision: str | None = _option(None, "Its branch, tag or commit on the Hub.")
-    name: str | None = _option(None, "For rows: the name of the full row set. Default: the folder's.")
+    name: str | None = _option(None, "For rows: the name of the full row set. Default: the source of its negatives.")
     num_negatives: int | None = _option(
         None, "For rows: negatives of each row in the config 'train'. Default: what nine tenths of the rows have."
     )

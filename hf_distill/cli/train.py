@@ -39,11 +39,13 @@ def run(
     )
     from ..distributed import engine_of
     from ..trainers import About, RetrievalTrainer
-    from . import steps
+    from . import publishing, steps
     from .reporting import Report
 
     data = steps.Data.open(data_options)
-    model = steps.open_model(options.model, options.kind, options.model_revision, model_options, args.seed)
+    model = steps.open_model(
+        options.model, options.kind, options.model_revision, model_options, args.seed, layers=options.layers
+    )
     steps.check_training(data, row_options, args, model, index=encode_options.index)
     settings = steps.settings_of(
         data_options,
@@ -59,7 +61,7 @@ def run(
         start_weights=model.weights_fingerprint(),
     )
     folder = steps.claim_output(args.output_dir, settings)
-    steps.check_push(args)
+    publishing.check_push(args)
     encode = steps.encode_settings(encode_options, data_options)
     report = Report(
         folder, data, encode, measures=args.eval_measures, depth=args.eval_depth, index=encode_options.index
@@ -81,7 +83,7 @@ def run(
         settings=settings,
         base_models=[options.model],
     )
-    steps.publish(trainer)
+    publishing.publish(trainer)
 
 
 def _rows(

@@ -96,8 +96,11 @@ def stage_keys(recipe: Recipe, contents: Contents) -> tuple[dict[str, str], dict
 def _part(value: Any, contents: Contents) -> Any:
     if isinstance(value, list):
         return [_part(one, contents) for one in value]
-    if isinstance(value, str) and "${" not in value and value and Path(value).expanduser().exists():
-        return {"contents": contents.of(Path(value).expanduser())}
+    if isinstance(value, str) and "${" not in value:
+        # `corpus=FILE` says what a file is.
+        role, equals, path = value.rpartition("=")
+        if path and Path(path).expanduser().exists():
+            return {"contents": contents.of(Path(path).expanduser()), **({"role": role} if equals else {})}
     return value
 
 

@@ -148,8 +148,8 @@ def load_recipe(origin: str | os.PathLike, profile: str | None = None, overrides
         content = merged(content, layer)
     for override in overrides:
         content = merged(content, _override(override, content))
-    variables = _variables(content.get("variables") or {}, where)
     sections = _stage_sections(content, where)
+    variables = _variables(content.get("variables") or {}, sections, where)
     stages = {
         name: _stage(name, section, content.get("defaults") or {}, variables, sections, where)
         for name, section in sections.items()
@@ -283,19 +283,16 @@ def _fill(value: Any, look_up: Any) -> Any:
     return _REFERENCE.sub(lambda match: str(look_up(match[1])), value)
 
 
-def _variables(variables: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The variables, those in their values filled in."""
+def _variables(variables: Mapping[str, Any], stages: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The variables, those in their values filled in; stages stay as `${stage}`."""
     done: dict[str, Any] = {}
 
     def value_of(name: str, path: tuple[str, ...]) -> Any:
         if name in path:
             raise InputError(f"the variables {' -> '.join([*path, name])} stand for each other", where=where)
-        if name not in variables:
-            raise InputError(
-                f"there is no variable {name!r}",
-                where=f"{where}, variable {path[-1]!r}",
-                cure=nearest(name, variables),
-            )
+        if name in stages or name not in variables:
+            # A stage that is not there is an error only where the variable is used.
+            return f"${{{name}}}"
         if name not in done:
             done[name] = _fill(variables[name], lambda other: value_of(other, (*path, name)))
         return done[name]
@@ -358,6 +355,9 @@ def _stage(
     if kind.output in settings:
         raise InputError("says where its result goes", where=f"{where}, {kind.output}", cure="The recipe decides that")
     named = [reference for text in _texts(settings) for reference in _REFERENCE.findall(text)]
+    for other in named:
+        if other not in stages:  # by way of a variable
+            raise InputError(f"there is no stage {other!r}", where=where, cure=nearest(other, stages))
     after = section.get("after") or []
     after = [after] if isinstance(after, str) else list(after)
     for other in after:
