@@ -388,11 +388,13 @@ class Distillation:
 
     def run(self) -> None:
         """Takes all steps; each leaves its result on disk, so that a second call goes on where the first was cut."""
+        from . import publishing
+
         self.show_plan()
         if self.options.plan_only:
             return
         self.steps.claim_output(self.folder, self.settings)
-        self.steps.check_push(self.args)
+        publishing.check_push(self.args)
         rows, teachers = self.prepare_teachers(self.rows())
         weak = self.check_teacher()
         self.report.bm25()
@@ -415,7 +417,7 @@ class Distillation:
             teachers=[teacher.describe() for teacher in teachers],
             reading=weak or self._reading(),
         )
-        self.steps.publish(trainer)
+        publishing.publish(trainer)
 
     def _start(self) -> str:
         """What the student started from."""

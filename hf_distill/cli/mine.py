@@ -25,13 +25,14 @@ def run(
         )
     from ..data import Run
     from ..models import load_model
-    from . import steps
+    from . import publishing, steps
 
     data = steps.Data.open(data_options)
     data.train = options.train_split
     encode = steps.encode_settings(encode_options, data_options)
     name = options.name or _name_of(options.model or options.run)
     target = steps.claim_rows(steps.row_folder(data, options.output_dir, name))
+    publishing.check_push_to(options)
     if options.run is not None:
         source: object = Run.load_trec(options.run, data.collection.queries, data.collection.corpus)
     else:
@@ -49,6 +50,7 @@ def run(
     )
     steps.save_rows(rows, data, target, name)
     logger.info("%s rows written to %s", f"{len(rows):,}", target)
+    publishing.push_rows(rows, data_options, options, target)
 
 
 def _name_of(origin: str) -> str:

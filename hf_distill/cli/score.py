@@ -25,11 +25,12 @@ def run(data_options: CollectionOptions, options: ScoreOptions, encode_options: 
         )
     from ..models import load_model
     from ..retrieval import score_from_run, score_rows
-    from . import steps
+    from . import publishing, steps
 
     data = steps.Data.open(data_options)
     rows = steps.named_rows(data, options.rows)
     target = steps.claim_rows(steps.row_folder(data, options.output_dir, options.rows))
+    publishing.check_push_to(options)
     if options.run is not None:
         scored = score_from_run(rows, options.run, column=options.column)
     else:
@@ -39,6 +40,7 @@ def run(data_options: CollectionOptions, options: ScoreOptions, encode_options: 
     steps.warn_of_scores(scored, options.column)
     steps.save_rows(scored, data, target, options.rows)
     logger.info("column %s of %s rows written to %s", options.column, f"{len(scored):,}", target)
+    publishing.push_rows(scored, data_options, options, target)
 
 
 VERB = Verb(

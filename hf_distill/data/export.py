@@ -77,7 +77,7 @@ def save_collection(
             files = {}
             for split, qrels in collection.qrels.items():
                 files[split] = f"{schema.QRELS}/{split}.parquet"
-                _write_parquet(temporary / files[split], schema.QRELS_SCHEMA, _qrels_tables(qrels, collection))
+                write_parquet(temporary / files[split], schema.QRELS_SCHEMA, _qrels_tables(qrels, collection))
             entries.append(config_entry(schema.QRELS, files))
         for name, rows in (row_sets or {}).items():
             rows.save(temporary / name)
@@ -128,7 +128,7 @@ def _write_table(table: TextTable, folder: Path, name: str) -> str:
     blocks = table.blocks()
     for number in range(files):
         path = folder / name / f"{name}-{number:05d}-of-{files:05d}.parquet"
-        _write_parquet(path, table.arrow_schema, islice(blocks, _BLOCKS_PER_FILE))
+        write_parquet(path, table.arrow_schema, islice(blocks, _BLOCKS_PER_FILE))
     return f"{name}/*.parquet"
 
 
@@ -145,7 +145,7 @@ def _qrels_tables(qrels: Qrels, collection: Collection) -> Iterator[pa.Table]:
         )
 
 
-def _write_parquet(path: Path, arrow_schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+def write_parquet(path: Path, arrow_schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -124,12 +124,12 @@ def write_model_card(
     data = ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag=_USAGE[kind][2],
-        base_model=_on_hub([*base_models, *teachers]) or None,
-        datasets=_on_hub(datasets) or None,
+        base_model=on_hub([*base_models, *teachers]) or None,
+        datasets=on_hub(datasets) or None,
         tags=[*dict.fromkeys(["sentence-transformers", *tags])],
         model_name=title,
         eval_results=evaluations or None,
-        **({"teachers": _on_hub(teachers)} if _on_hub(teachers) else {}),
+        **({"teachers": on_hub(teachers)} if on_hub(teachers) else {}),
     )
     card = ModelCard.from_template(
         data,
@@ -147,7 +147,7 @@ def write_model_card(
     return path
 
 
-def _on_hub(names: Sequence[str]) -> list[str]:
+def on_hub(names: Sequence[str]) -> list[str]:
     """Those of the names that can be ids of the Hub; folders of this machine mean nothing to others."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 

@@ -6,14 +6,14 @@ import fnmatch
 import inspect
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..console import get_logger
 from ..errors import HubError, InputError
 from ..files import fingerprint, read_json
-from .client import attempt, check_repo_id, explain, status_of, with_namespace
+from .client import attempt, check_repo_id, explain, is_worth_another_try, status_of, with_namespace
 
 
 logger = get_logger(__name__)
@@ -34,6 +34,7 @@ _PLACES = frozenset(
     "data data_revision rows rows_revision model model_revision teacher teacher_revision student "
     "student_revision filter_teacher filter_teacher_revision".split()
 )
+_MAKING_OF_ROWS = "made_by collection split threshold mining queries_fingerprint corpus_fingerprint".split()
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Target:
         token: Instead of the login's.
         overwrite: Whether the files of another run may be replaced.
         create: Whether to make the repository if there is none.
+        mirror: Whether everything else that lies in the repository is removed, but for a licence and the like.
     """
 
     repo_id: str
@@ -82,6 +84,7 @@ class Target:
     token: str | None = None
     overwrite: bool = False
     create: bool = True
+    mirror: bool = False
 
 
 def files_of(folder: Path, left_out: tuple[str, ...] = LEFT_OUT) -> dict[str, Path]:
@@ -113,8 +116,13 @@ def run_of(read: Callable[[str], Any]) -> str | None:
     Args:
         read: Gives the content of a JSON file by its name, None if there is no such file.
     """
-    settings = read(RUN_KEY) or (read(MANIFEST) or {}).get("settings")
-    return fingerprint(identity(settings)) if settings else None
+    manifest = read(MANIFEST) or {}
+    settings = read(RUN_KEY) or manifest.get("settings")
+    if settings:
+        return fingerprint(identity(settings))
+    # Rows are what was mined, whoever has scored them since.
+    rows = manifest.get("data", {}).get("rows", {}).get("provenance")
+    return fingerprint({name: rows.get(name) for name in _MAKING_OF_ROWS}) if rows else None
 
 
 def push_later(folder: str | Path, repo_id: str, *more: str) -> str:
@@ -153,20 +161,37 @@ def push_files(files: Mapping[str, Path], target: Target, message: str) -> Pushe
     return Pushed(repo_id, target.kind, commit, commit != heads[0])
 
 
-def open_repo(target: Target, settings: Mapping[str, Any]) -> str:
-    """Makes the repository and its branch if they are missing, and looks whether this account may write there.
-
-    Returns:
-        Its id with the owner.
+def check_target(target: Target, where: str, settings: Mapping[str, Any]) -> Target:
+    """Opens the repository that a run will push to: makes it if it is missing, looks whether it may be written to.
 
     Args:
-        target: Which one.
-        settings: Of the run that will push there.
+        target: Where the run will push.
+        where: The option that names it, for messages.
+        settings: Of the run.
+
+    Returns:
+        The target with the repository's owner. A Hub that does not answer now may do so later: that is a warning.
 
     Raises:
-        InputError: If it holds another run.
-        Exception: What the client library raised last.
+        InputError: If this account may not push there, or another run has.
     """
+    check_repo_id(target.repo_id, where)
+    try:
+        return replace(target, repo_id=_open_repo(target, settings))
+    except InputError:
+        raise
+    except Exception as error:
+        if not is_worth_another_try(error):
+            raise InputError(
+                f"nothing can be pushed to {target.repo_id}: {explain(error)}",
+                where=where,
+                cure="Log in with `hf auth login`, or leave it out and push later with hf-distill push",
+            ) from error
+        logger.warning("%s cannot be opened now (%s); pushing is tried again later.", target.repo_id, explain(error))
+        return target
+
+
+def _open_repo(target: Target, settings: Mapping[str, Any]) -> str:
     from huggingface_hub import HfApi
 
     repo_id = with_namespace(target.repo_id, target.token)
@@ -191,7 +216,7 @@ def _push_once(
     api = HfApi(token=target.token)
     head, known = _look(api, repo_id, target, run)
     heads.append(head)
-    stale = [path for path in sorted(known - set(files)) if _is_stale(path, files)]
+    stale = [path for path in sorted(known - set(files)) if _is_stale(path, files, target.mirror)]
     operations: list[Any] = [CommitOperationDelete(path_in_repo=path) for path in stale]
     operations += [CommitOperationAdd(path_in_repo=path, path_or_fileobj=str(file)) for path, file in files.items()]
     return api.create_commit(
@@ -259,8 +284,10 @@ def _check_run(api: Any, repo_id: str, target: Target, commit: str, known: set[s
     )
 
 
-def _is_stale(path: str, files: Mapping[str, Path]) -> bool:
+def _is_stale(path: str, files: Mapping[str, Path], mirror: bool) -> bool:
     folder, _, name = path.rpartition("/")
+    if mirror:
+        return not any(fnmatch.fnmatch(path, pattern) for pattern in _HARMLESS)
     if folder:
         return any(other.startswith(path.split("/")[0] + "/") for other in files)
     has_weights = any(fnmatch.fnmatch(other, pattern) for other in files for pattern in _STALE if "/" not in other)

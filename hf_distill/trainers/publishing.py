@@ -12,18 +12,12 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
-from ..console import get_logger
-from ..errors import InputError
 from ..files import read_json, write_json
 from ..hub.cards import bibtex, write_model_card
 from ..hub.checkpoints import Publisher, fetch_checkpoint, names_repository
-from ..hub.client import check_repo_id, explain, is_worth_another_try
 from ..hub.manifest import run_manifest
-from ..hub.push import MANIFEST, RUN_KEY, Pushed, Target, open_repo, push_folder
+from ..hub.push import MANIFEST, RUN_KEY, Pushed, Target, check_target, push_folder
 from ..settings import NOT_OF_THE_RUN
-
-
-logger = get_logger(__name__)
 
 
 @dataclass
@@ -55,23 +49,13 @@ def open_target(
     Raises:
         InputError: If this account may not push there, or another run has.
     """
-    name = args.hub_model_id or Path(args.output_dir).absolute().name
-    check_repo_id(name, "--hub_model_id")
-    private = private if private is not None else args.hub_private_repo
-    target = Target(name, private=private, revision=args.hub_revision, token=token or args.hub_token)
-    try:
-        return replace(target, repo_id=open_repo(target, settings))
-    except InputError:
-        raise
-    except Exception as error:
-        if not is_worth_another_try(error):
-            raise InputError(
-                f"nothing can be pushed to {name}: {explain(error)}",
-                where="--push_to_hub",
-                cure="Log in with `hf auth login`, or leave --push_to_hub out and push later with hf-distill push",
-            ) from error
-        logger.warning("%s cannot be opened now (%s); it is tried again at every save.", name, explain(error))
-        return target
+    target = Target(
+        args.hub_model_id or Path(args.output_dir).absolute().name,
+        private=private if private is not None else args.hub_private_repo,
+        revision=args.hub_revision,
+        token=token or args.hub_token,
+    )
+    return check_target(target, "--hub_model_id", settings)
 
 
 class PublishingTrainer(Trainer):
