@@ -1,0 +1,145 @@
+"""`kill -9` at twenty random moments, spread over the kinds of long work: run again, the same comes out.
+
+Another kind of work joins by a function here, an entry in `_jobs` and its name in `KINDS`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from .killing import Job, run, torture
+
+
+def encode(folder: Path, data: str, dense: str) -> None:
+    """All passages of a collection, in shards of four."""
+    from hf_distill.data import load_collection
+    from hf_distill.retrieval import encode_table
+
+    encode_table(_slow(dense), load_collection(data).corpus, "passage", shard_rows=4)
+
+
+def mine_rows(folder: Path, data: str, dense: str, ranker: str) -> None:
+    """Negatives that a teacher has filtered, saved as a row set."""
+    from hf_distill.data import load_collection
+    from hf_distill.retrieval import mine
+
+    rows = mine(
+        _slow(dense), load_collection(data), "train", depth=10, num_negatives=4, sampling="random", margin=0.0,
+        filter_teacher=_slow(ranker), max_score=5.0,
+    )  # fmt: skip
+    rows.save(folder / "rows")
+
+
+def score(folder: Path, data: str, rows: str, ranker: str) -> None:
+    """A cross-encoder's scores of a row set."""
+    from hf_distill.data import RowSet, load_collection
+    from hf_distill.retrieval import score_rows
+
+    collection = load_collection(data)
+    given = RowSet.load(rows, collection.queries, collection.corpus)
+    score_rows(_slow(ranker), given).save(folder / "scored")
+
+
+def everything_offline(folder: Path, **settings: str) -> None:
+    """Encode, search, BM25, mine, score and re-rank, one after the other."""
+    from .retrieval_run import main
+
+    (folder / "output").mkdir(exist_ok=True)
+    path = folder / "output" / "settings.json"
+    path.write_text(json.dumps({**settings, "output": str(folder / "output"), "processes": 1, "pause": 0.002}))
+    main(str(path))
+    path.unlink()
+
+
+def train(folder: Path, data: str, dense: str) -> None:
+    """The verb, with a checkpoint every second step."""
+    from hf_distill.cli.main import main
+
+    main(["train", "--data", data, "--model", dense, "--output_dir", str(folder / "out"), *TRAINING])
+
+
+TRAINING = ["--use_cpu", "true", "--per_device_train_batch_size", "4", "--num_negatives", "2", "--max_steps", "8"]
+TRAINING += ["--save_steps", "2", "--eval_strategy", "no", "--report_to", "none", "--mine_with", "student"]
+TRAINING += ["--mine_depth", "20", "--mine_negatives", "6", "--logging_steps", "4"]
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """What a training is compared by; its report has times in it."""
+    out = folder / "out"
+    assert (out / "run_manifest.json").is_file()
+    return {name: (out / name).read_bytes() for name in ("model.safetensors", "config.json", "modules.json")}
+
+
+def _slow(source: str):
+    """A model that sleeps at every batch, so that moments in the middle of the work are likely."""
+    from hf_distill.models import load_model
+    from hf_distill.retrieval.inference import InferenceModel
+
+    class Slow(InferenceModel):
+        def _run(self, features, token_types, forward, advance):
+            def slowly(chunk):
+                time.sleep(0.003)
+                return forward(chunk)
+
+            return super()._run(features, token_types, slowly, advance)
+
+    return Slow(load_model(source), dtype="float32", token_budget=128)
+
+
+def _jobs(data: str, dense: str, ranker: str, rows: str) -> dict[str, Job]:
+    models = {"dense": dense, "ranker": ranker}
+    training = {"data": data, "dense": dense}
+    return {
+        "encode": Job(encode, 3, {"data": data, "dense": dense}),
+        "mine": Job(mine_rows, 3, {"data": data, **models}),
+        "score": Job(score, 3, {"data": data, "rows": rows, "ranker": ranker}),
+        "everything offline": Job(everything_offline, 4, {"collection": data, **models}, result=without_started),
+        "train": Job(train, 4, training, result=weights),
+        "train on two processes": Job(train, 3, training, processes=2, result=weights),
+    }
+
+
+def without_started(folder: Path) -> dict[str, str]:
+    """All files but marks of beginnings."""
+    from .killing import digests
+
+    return {name: digest for name, digest in digests(folder).items() if "output/started" not in name}
+
+
+KINDS = ("encode", "mine", "score", "everything offline", "train", "train on two processes")
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory, micro, tiny_bert_source, tiny_ranker_source) -> dict[str, Job]:
+    """The jobs on smoke-sized models and data."""
+
+    from hf_distill.data import load_collection
+    from hf_distill.retrieval import mine
+
+    os.environ["HF_DISTILL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    rows = tmp_path_factory.mktemp("rows") / "rows"
+    mine("bm25", load_collection(micro), "train", depth=20, num_negatives=8).save(rows)
+    return _jobs(str(micro), str(tiny_bert_source), str(tiny_ranker_source), str(rows))
+
+
+def test_twenty_kills(jobs):
+    assert tuple(jobs) == KINDS
+    assert sum(job.kills for job in jobs.values()) >= 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.distributed] * ("two" in k)) for k in KINDS])
+def test_killed_and_run_again_the_same_comes_out(kind, jobs, tmp_path):
+    job = jobs[kind]
+    run(job, tmp_path / "first")  # imports what the server has not, and would else count as work
+    start = time.monotonic()
+    run(job, tmp_path / "uninterrupted")
+    seconds = time.monotonic() - start
+    expected = job.outcome(tmp_path / "uninterrupted")
+    assert expected and expected == job.outcome(tmp_path / "first")
+    torture(job, tmp_path / "killed", expected, seconds, seed=KINDS.index(kind))
