@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = attach(
         "dropout": ["set_dropout"],
         "lexical": ["LexicalRetriever", "LexicalRetrieverConfig"],
         "multi_vector": ["MultiVectorConfig", "MultiVectorOutput", "MultiVectorRetriever"],
+        "lexmae": ["LexMAEConfig", "LexMAEForPreTraining"],
         "processing": ["DEFAULT_TEMPLATE", "TextProcessor"],
         "source": ["ModelSource", "find_model"],
         "student": ["layer_positions", "load_model", "reduce_layers", "student_from"],

@@ -77,6 +77,12 @@ def splade_max(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.log1p(torch.relu(largest.float()))
 
 
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Start and separator, as far as a tokenizer has them."""
+    found = (tokenizer.cls_token, tokenizer.sep_token)
+    return tuple(dict.fromkeys(token for token in found if token is not None))
+
+
 def pooled_mask(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, pooled_tokens: str, special_ids: tuple[int, ...]
 ) -> torch.Tensor:
@@ -130,7 +136,7 @@ class LexicalRetriever(RetrievalModel):
         plain = plain_model(backbone)
         config.hidden_size = plain.config.hidden_size
         config.backbone = plain.config.to_dict()
-        self._pools_in_head = _ends_with_projection(plain)
+        self._pools_in_head = ends_with_projection(plain)
         if tokenizer is not None:
             tokenizer.model_max_length = max(config.query_length, config.passage_length)
 
@@ -214,11 +220,7 @@ class LexicalRetriever(RetrievalModel):
 
     def special_ids(self) -> tuple[int, ...]:
         """The ids of start and separator, which `pooled_tokens="text"` leaves out."""
-        return tuple(self.tokenizer.convert_tokens_to_ids(list(self._special_tokens())))
-
-    def _special_tokens(self) -> tuple[str, ...]:
-        found = (self.tokenizer.cls_token, self.tokenizer.sep_token)
-        return tuple(dict.fromkeys(token for token in found if token is not None))
+        return tuple(self.tokenizer.convert_tokens_to_ids(list(special_tokens(self.tokenizer))))
 
     # -------------------------------------------------------------------------------------------------- running
 
@@ -293,7 +295,7 @@ class LexicalRetriever(RetrievalModel):
         config = self.config
         self._save_tower("backbone", folder, state)
         # Where no separator stands inside a text, the inner tokens are those that are not special.
-        skipped = () if config.pooled_tokens == "all" else self._special_tokens()
+        skipped = () if config.pooled_tokens == "all" else special_tokens(self.tokenizer)
         tail = layouts.write_lexical_tail(folder, self.embedding_size, skipped)
         layouts.write_modules(folder, [("", "Transformer"), *tail])
         layouts.write_lengths(folder, config.query_length, config.passage_length, transformer_task="fill-mask")
@@ -357,7 +359,7 @@ def _settings_of(
     return LexicalRetrieverConfig(**settings)
 
 
-def _ends_with_projection(backbone: PreTrainedModel) -> bool:
+def ends_with_projection(backbone: PreTrainedModel) -> bool:
     """Whether a model's logits are its output layer's result and nothing else, so that pooling can be done in it."""
     head = backbone.get_output_embeddings()
     if not isinstance(head, nn.Linear):

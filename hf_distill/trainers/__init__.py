@@ -8,11 +8,12 @@ from ..lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "arguments": ["DistillTrainingArguments", "RetrievalTrainingArguments"],
+        "arguments": ["DistillTrainingArguments", "LexMAETrainingArguments", "RetrievalTrainingArguments"],
         "base": ["BaseTrainer"],
         "publishing": ["About"],
         "callbacks": ["ForgettingCallback", "StopAfter"],
         "distill": ["DistillTrainer"],
+        "lexmae": ["LexMAEPretrainer"],
         "retrieval": ["RetrievalTrainer"],
     },
 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from .options import DistillOptions, RetrievalOptions
+from .options import DistillOptions, LexMAEOptions, RetrievalOptions
 
 
 @dataclass
@@ -41,3 +41,30 @@ class RetrievalTrainingArguments(TrainingArguments, RetrievalOptions):
 @dataclass
 class DistillTrainingArguments(RetrievalTrainingArguments, DistillOptions):
     """Arguments of [`DistillTrainer`]: those of [`RetrievalTrainingArguments`] and [`DistillOptions`]."""
+
+
+@dataclass
+class LexMAETrainingArguments(TrainingArguments, LexMAEOptions):
+    """Arguments of [`LexMAEPretrainer`], those of [`LexMAEOptions`] among them.
+
+    Defaults that differ from [`~transformers.TrainingArguments`]: `remove_unused_columns=False`,
+    `dataloader_drop_last=True`, `ddp_find_unused_parameters=False`, `warmup_steps=0.05`, `learning_rate=3e-4`,
+    `weight_decay=0.01`, `max_grad_norm=0` (the paper clips nothing) and `logging_steps=10`.
+    """
+
+    _argument_group_name = "the Hugging Face Trainer"
+
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Texts of a batch on each device."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: a batch is made of texts."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last, incomplete batch."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether DDP looks for parameters without gradient; there are none."}
+    )
+    learning_rate: float = field(default=3e-4, metadata={"help": "The peak learning rate."})
+    warmup_steps: float = field(
+        default=0.05, metadata={"help": "Linear warm-up: a number of steps, or below 1 a share of all steps."}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay, of all weights but norms and biases."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0 clips nothing."})
+    logging_steps: float = field(default=10, metadata={"help": "Log the losses every so many steps."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})

@@ -11,8 +11,24 @@ def _option(default, help_text: str, **metadata):
 
 
 @dataclass
-class RetrievalOptions:
-    """Options of every trainer.
+class CommonOptions:
+    """Options of every trainer."""
+
+    _argument_group_name = "training"
+
+    dropout: float | None = _option(None, "Dropout of the trained model. Default: the checkpoint's own.")
+    freeze_embeddings: bool = _option(
+        False,
+        "Leave the word embeddings as they are: most of a small model's weights, and a student has its teacher's.",
+    )
+    stop_after: int | None = _option(
+        None, "Stop after this many steps, with the learning rates that the whole run has until then."
+    )
+
+
+@dataclass
+class RetrievalOptions(CommonOptions):
+    """Options of the trainers on rows of queries and passages.
 
     > Parameters that control the candidates of a query
 
@@ -54,14 +70,6 @@ class RetrievalOptions:
         "Encode at most this many texts at a time and recompute their activations in the backward pass: "
         "any batch size in constant memory, with the same loss and gradients.",
     )
-    dropout: float | None = _option(None, "Dropout of the trained model. Default: the checkpoint's own.")
-    freeze_embeddings: bool = _option(
-        False,
-        "Leave the word embeddings as they are: most of a small model's weights, and a student has its teacher's.",
-    )
-    stop_after: int | None = _option(
-        None, "Stop after this many steps, with the learning rates that the whole run has until then."
-    )
     eval_measures: str = _option("nDCG@10,RR@10,R@100", "Measures of the evaluation during training.")
     eval_depth: int = _option(100, "Passages retrieved (or re-ranked) for a query in an evaluation.")
     eval_corpus_size: int | None = _option(
@@ -98,4 +106,19 @@ class DistillOptions(RetrievalOptions):
     teacher_lr_scheduler_type: str | None = _option(None, "Its schedule, linear say. Default: the student's.")
     calibration_rows: int = _option(
         1024, "Rows whose teacher scores are looked at before training: for warnings and for fitted temperatures."
+    )
+
+
+@dataclass
+class LexMAEOptions(CommonOptions):
+    """Options of [`LexMAEPretrainer`]."""
+
+    _argument_group_name = "masking"
+
+    encoder_rate: float = _option(0.3, "Share of a text's tokens that the encoder has to predict, exactly.")
+    decoder_rate: float = _option(0.5, "Share that the decoder has to predict, on average.")
+    decoder_masking: str = _option(
+        "inclusive",
+        "Whether the decoder's tokens include the encoder's, exclude them, or are drawn apart from them.",
+        choices=["inclusive", "random", "exclusive"],
     )

@@ -1,0 +1,130 @@
+"""Pre-training runs: from a corpus or a stream, resumable exactly, to a plain checkpoint that fine-tuning takes on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM
+
+from hf_distill.data import load_collection
+from hf_distill.data.masking import StreamedTexts
+from hf_distill.errors import InputError
+from hf_distill.models import LexicalRetriever, LexMAEForPreTraining
+from hf_distill.trainers import LexMAEPretrainer, LexMAETrainingArguments
+from tests.model_zoo import save_tiny
+
+
+@pytest.fixture(scope="module")
+def collection(micro, tmp_path_factory):
+    return load_collection(micro, cache_dir=tmp_path_factory.mktemp("collection"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_tokenizer):
+    return save_tiny(tmp_path_factory.mktemp("mlm") / "bert", "bert", tiny_tokenizer, head="MaskedLM", layers=2)
+
+
+def arguments(output_dir, **more) -> LexMAETrainingArguments:
+    settings = {
+        "output_dir": str(output_dir), "use_cpu": True, "per_device_train_batch_size": 8, "max_steps": 12,
+        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "learning_rate": 3e-3, "seed": 5,
+    }  # fmt: skip
+    return LexMAETrainingArguments(**{**settings, **more})
+
+
+def stream_of(collection, **more) -> StreamedTexts:
+    """The corpus read in order, as a data set too large to hold would be."""
+    from datasets import IterableDataset
+
+    rows = [{"title": row["title"], "text": row["text"]} for row in collection.corpus.dataset]
+
+    def generate():
+        yield from rows
+
+    return StreamedTexts(IterableDataset.from_generator(generate), "{title} {text}", buffer=20, **more)
+
+
+def train(folder, output_dir, texts, resume=None, decoder_layers=2, **more):
+    torch.manual_seed(1)
+    model = LexMAEForPreTraining.from_pretrained(folder, passage_length=32, decoder_layers=decoder_layers)
+    trainer = LexMAEPretrainer(model, arguments(output_dir, **more), texts)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def test_both_losses_fall_and_stand_apart_in_the_log(collection, folder, tmp_path):
+    trainer = train(folder, tmp_path / "out", collection.corpus, max_steps=25)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(history) == 25
+    for entry in history:
+        assert entry["loss"] == pytest.approx(entry["encoder_loss"] + entry["decoder_loss"], rel=1e-4)
+    for name in ("encoder_loss", "decoder_loss"):
+        assert history[-1][name] < history[0][name] - 0.2
+    trainer.save_model()
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "training_modules.safetensors"} <= names
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["BertForMaskedLM"]
+    plain = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
+    assert sum(one.numel() for one in plain.parameters()) < sum(one.numel() for one in trainer.model.parameters())
+    assert LexicalRetriever.from_pretrained(tmp_path / "out").representation == "sparse"
+
+
+@pytest.mark.parametrize("kind", ["corpus", "stream"])
+def test_an_interrupted_run_goes_on_exactly(kind, collection, folder, tmp_path):
+    def texts():
+        return collection.corpus if kind == "corpus" else stream_of(collection, seed=3)
+
+    whole = train(folder, tmp_path / "whole", texts())
+    train(folder, tmp_path / "parts", texts(), save_strategy="steps", save_steps=7, stop_after=7)
+    rest = train(folder, tmp_path / "parts", texts(), resume=str(tmp_path / "parts" / "checkpoint-7"))
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, rest.model.state_dict()[name]), name
+
+
+def test_plain_masked_language_modelling_sees_the_same_texts(collection, folder, tmp_path):
+    """The comparison that counts: same encoder, texts and masks, without bottleneck and decoder."""
+    plain = train(folder, tmp_path / "plain", collection.corpus, decoder_layers=0, max_steps=1)
+    lexmae = train(folder, tmp_path / "lexmae", collection.corpus, max_steps=1)
+    first = [trainer.state.log_history[0]["encoder_loss"] for trainer in (plain, lexmae)]
+    assert "decoder_loss" not in plain.state.log_history[0]
+    assert first[0] == pytest.approx(first[1], abs=0.3)  # their dropout differs
+
+
+def test_half_precision(collection, folder, tmp_path):
+    trainer = train(folder, tmp_path / "out", collection.corpus, bf16=True, max_steps=3)
+    full = train(folder, tmp_path / "full", collection.corpus, max_steps=3)
+    losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (trainer, full)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert all(one.dtype == torch.float32 for one in trainer.model.parameters())
+
+
+def test_a_stream_goes_round_in_another_order(collection):
+    texts = stream_of(collection, seed=1)
+    found = []
+    for example in texts:
+        found.append(example)
+        if len(found) == 2 * len(collection.corpus):
+            break
+    first, second = found[: len(collection.corpus)], found[len(collection.corpus) :]
+    assert {example.text for example in first} == {example.text for example in second}
+    assert [example.text for example in first] != [example.text for example in second]
+    assert [example.number for example in found] == list(range(len(found))) and second[0].epoch == 1
+
+
+def test_bad_input(collection, folder, tmp_path):
+    from datasets import IterableDataset
+
+    with pytest.raises(InputError, match="do not fill one batch"):
+        train(folder, tmp_path / "out", collection.corpus, per_device_train_batch_size=1000)
+    with pytest.raises(InputError, match="max_steps"):
+        train(folder, tmp_path / "out", stream_of(collection), max_steps=-1)
+    with pytest.raises(InputError, match="decoder_rate is 0.1"):
+        train(folder, tmp_path / "out", collection.corpus, decoder_rate=0.1)
+
+    def generate():
+        yield {"body": "text"}
+
+    with pytest.raises(InputError, match="no text in the column 'text'.*'body'"):
+        next(iter(StreamedTexts(IterableDataset.from_generator(generate), "{text}", buffer=0)))
