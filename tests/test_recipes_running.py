@@ -238,3 +238,21 @@ main({words!r})
 assert not {{"torch", "datasets", "pandas", "pyarrow"}} & set(sys.modules), sorted(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_report_is_one_page_without_a_network(start, tmp_path, monkeypatch):
+    from hf_distill.recipes import report
+
+    monkeypatch.setattr(report, "in_other_process", lambda function, *arguments: function(*arguments))
+    start("ranker.amount=2")
+    page = (tmp_path / "out/report.html").read_text()
+    assert "<h1>Recipe sums</h1>" in page and "data:image/png;base64," in page
+    assert "http://" not in page and "https://" not in page and "<script" not in page and 'src="plots' not in page
+    text = (tmp_path / "out/report.md").read_text()
+    assert "| ranker | train | done |" in text and "## Measured on micro/test" in text
+    assert "ranker.amount=2" in text
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert set(metrics["micro/test"]) == {"ranker", "trained"}, "the stage's own model has the stage's name"
+    before = (tmp_path / "out/report.html").stat().st_mtime_ns
+    start("ranker.amount=2")
+    assert (tmp_path / "out/report.html").stat().st_mtime_ns == before, "nothing new to tell"

@@ -187,6 +187,34 @@ def plot_composition(shares: np.ndarray, names: Sequence[str], path: str | os.Pa
     return _save(figure, path)
 
 
+def plot_stages(
+    values: Mapping[str, float], path: str | os.PathLike, *, measure: str, title: str | None = None
+) -> Path:
+    """A measure after every stage of a recipe, in the order in which they ran.
+
+    Args:
+        values: stage or system -> value.
+        path: The PNG.
+        measure: Its name.
+        title: Above the plot, for example the dataset.
+    """
+    figure, axes = _canvas(6.4, 0.9 + 0.3 * len(values))
+    names, heights = list(values), list(values.values())
+    colours = _colours(names)
+    places = range(len(names), 0, -1)
+    axes.barh(places, heights, color=[colours[name] for name in names], height=0.6)
+    for place, value in zip(places, heights):
+        axes.annotate(
+            f"{value:.4f}", (value, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9
+        )
+    axes.set_yticks(places, names)
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.12)
+    axes.set_xlabel(measure)
+    _title(axes, f"{measure} after every stage", title)
+    return _save(figure, path)
+
+
 def plot_report(
     output_dir: str | os.PathLike,
     *,

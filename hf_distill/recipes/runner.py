@@ -18,6 +18,7 @@ from .keys import Contents, differences, stage_keys
 from .loading import Recipe
 from .processes import in_other_process
 from .records import DONE, FAILED, RUNNING, Record, Workspace
+from .report import measures_of, write_report
 from .results import stage_figures
 
 
@@ -140,6 +141,7 @@ class RecipeRun:
             self.contents.save()
             self._announce([decisions[name] for name in names])
             self._run([decisions[name] for name in names])
+            self._report()
         finally:
             lock.release()
 
@@ -173,6 +175,17 @@ class RecipeRun:
                     self._step(decision, board)
         finally:
             board.show()
+
+    def _report(self) -> None:
+        """Writes the report and prints its tables."""
+        for dataset, systems in write_report(self.recipe, self.workspace).items():
+            measures = measures_of(systems)
+            rows = [
+                [name, *(f"{figures[one]:.4f}" if figures.get(one) is not None else "" for one in measures)]
+                for name, figures in systems.items()
+            ]
+            print_table(dataset, ["system", *measures], rows)
+        logger.info("report: %s", self.workspace.folder / "report.html")
 
     def _step(self, decision: Decision, board: Board) -> None:
         name, record = decision.stage, decision.record
