@@ -58,11 +58,11 @@ class Lines:
         return self.first + index if self.numbers is None else int(self.numbers[index])
 
 
-def line_blocks(path: str | Path, size: int = _BLOCK_BYTES) -> Iterator[Lines]:
-    """The lines of `read_lines`, about `size` bytes at a time and without an object of Python for each."""
+def line_blocks(path: str | Path, size: int | None = None) -> Iterator[Lines]:
+    """The lines of `read_lines`, about `size` bytes (4 MiB) at a time and without an object of Python for each."""
     path = Path(path)
     with _Opened(path) as opened:
-        for number, data in _whole_lines(opened, size):
+        for number, data in _whole_lines(opened, size or _BLOCK_BYTES):
             block = _split(data, number, path)
             if len(block.texts):
                 yield block

@@ -107,7 +107,7 @@ def by_columns(sample: dict[str, Any], stem: str) -> str | None:
     if "neg" in names and isinstance(sample["neg"], dict):
         return "hard_negatives"
     if is_row_block(names):
-        return ROWS
+        return "tevatron_ids" if names & {"query", "query_text"} else ROWS
     judged = (schema.QRELS_QUERY_NAMES, schema.QRELS_DOCUMENT_NAMES, schema.RELEVANCE_NAMES)
     if all(names & set(group) for group in judged):
         return QRELS

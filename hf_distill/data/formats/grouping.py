@@ -21,7 +21,7 @@ from hf_distill.files import cache_folder, fingerprint, write_json
 
 
 # Text of a file that is put in order in memory at once.
-_BUCKET_BYTES = 32 * 2**20
+_BUCKET_BYTES = 16 * 2**20
 _MOST_BUCKETS = 512
 
 # Lines of the groups that are handed on together.

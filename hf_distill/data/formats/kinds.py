@@ -18,7 +18,10 @@ KINDS: dict[str, Kind] = {
     TITLES: Kind(TITLES, {TITLES: tables.read_titles}),
     QUERIES: Kind(QUERIES, {QUERIES: tables.read_queries}),
     QRELS: Kind(QRELS, {QRELS: tables.read_qrels}),
-    ROWS: Kind(ROWS, {ROWS: tables.read_rows, QUERIES: tables.read_rows_queries, QRELS: tables.read_rows_qrels}),
+    ROWS: Kind(ROWS, {ROWS: tables.read_rows, QRELS: tables.read_rows_qrels}),
+    "tevatron_ids": Kind(
+        ROWS, {ROWS: tables.read_rows, QUERIES: records.read_tevatron_queries, QRELS: tables.read_rows_qrels}
+    ),
     "negatives": Kind(ROWS, {ROWS: tables.read_negatives}),
     "triples": Kind(ROWS, {ROWS: tables.read_triples, QRELS: tables.read_rows_qrels}),
     "run": Kind(ROWS, {ROWS: tables.read_run}),

@@ -138,13 +138,6 @@ def read_rows(source: FormatSource, item: Input, notes: Notes) -> Iterator[Block
         yield standard_rows(block, notes) if len(block) else block
 
 
-def read_rows_queries(source: FormatSource, item: Input, notes: Notes) -> Iterator[Block]:
-    """The queries of rows that bring their texts along."""
-    for block in read_blocks(item.path):
-        if any(name in block.columns for name in schema.QUERY_TEXT_NAMES):
-            yield block
-
-
 def read_rows_qrels(source: FormatSource, item: Input, notes: Notes) -> Iterator[Block]:
     """The positives of rows as judgements."""
     readers = source.kinds[item.kind].readers
