@@ -104,7 +104,7 @@ class RetrievalEvaluation:
 
     @staticmethod
     def _encode(model: RetrievalModel, texts: list[str], kind: str) -> Any:
-        """The vectors of all texts, an array or a sparse matrix; every process encodes a part."""
+        """The vectors of all texts, an array, a sparse matrix or tokens; every process encodes a part."""
         from ..retrieval.encode import encode_texts
 
         if world_size() == 1:
@@ -114,5 +114,8 @@ class RetrievalEvaluation:
         mine: list[Any] = [(rank(), encode_texts(model, texts[rank() :: world_size()], kind))]
         numbers, parts = zip(*gather_object(mine))
         places = np.concatenate([np.arange(number, len(texts), world_size()) for number in numbers])
-        stacked = vstack(parts, format="csr") if issparse(parts[0]) else np.concatenate(parts)
+        if isinstance(parts[0], np.ndarray):
+            stacked = np.concatenate(parts)
+        else:
+            stacked = vstack(parts, format="csr") if issparse(parts[0]) else type(parts[0]).concatenate(parts)
         return stacked[np.argsort(places)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from ..errors import InputError
 from ..files import fingerprint
 from ..models.base import RetrievalModel
 from .inference import InferenceModel
+from .multi_vector import Tokens, TokenStore, empty_tokens, encode_tokens, write_tokens
 from .shards import ShardedJob, default_shard_rows, write_array
 from .sparse_store import SparseStore, write_rows
 from .store import STORAGES, EmbeddingStore, VectorStore
@@ -45,7 +47,7 @@ def encode_texts(
     token_budget: int | None = None,
     device: str | torch.device | None = None,
     show_progress: bool = False,
-) -> np.ndarray | csr_matrix:
+) -> np.ndarray | csr_matrix | Tokens:
     """Vectors of texts, in memory.
 
     Args:
@@ -58,15 +60,20 @@ def encode_texts(
         show_progress: Whether to show a bar.
 
     Returns:
-        `float32[len(texts), D]`; of a lexical model `scipy.sparse.csr_matrix[len(texts), V]`.
+        `float32[len(texts), D]`; of a lexical model `scipy.sparse.csr_matrix[len(texts), V]`; of a multi-vector model
+        [`Tokens`].
     """
     _check_kind(kind)
     inference = as_inference_model(model, dtype=dtype, device=device, token_budget=token_budget)
-    sparse = inference.representation == "sparse"
+    sparse, ragged = inference.representation == "sparse", inference.representation == "tokens"
     if not len(texts):
+        if ragged:
+            return empty_tokens(inference)
         empty = np.empty((0, inference.model.embedding_size), np.float32)
         return csr_matrix(empty) if sparse else empty
     run = inference.encode_sparse if sparse else inference.encode
+    if ragged:
+        run = partial(encode_tokens, inference)
     parts = []
     bar = progress(total=len(texts), label=f"encode {kind}", unit="text") if show_progress else None
     for start in range(0, len(texts), _BLOCK_TEXTS):
@@ -76,6 +83,8 @@ def encode_texts(
         bar.close()
     if len(parts) == 1:
         return parts[0]
+    if ragged:
+        return Tokens.concatenate(parts)
     return vstack(parts, format="csr") if sparse else np.concatenate(parts)
 
 
@@ -109,7 +118,7 @@ def encode_table(
         device: Where to run.
 
     Returns:
-        An [`EmbeddingStore`]; of a lexical model a [`SparseStore`].
+        An [`EmbeddingStore`]; of a lexical model a [`SparseStore`], of a multi-vector model a [`TokenStore`].
     """
     inference = as_inference_model(model, dtype=dtype, device=device, token_budget=token_budget)
     sparse = inference.representation == "sparse"
@@ -123,7 +132,9 @@ def encode_table(
 
     def write(shard: int, path: Path, features: list[list[int]] | None = None) -> None:
         features = tokenise(shard) if features is None else features
-        if sparse:
+        if inference.representation == "tokens":
+            write_tokens(path, job.path(shard), encode_tokens(inference, features, kind, job.advance), storage)
+        elif sparse:
             write_rows(path, inference.encode_sparse(features, kind, job.advance), storage)
         else:
             write_array(path, inference.encode(features, kind, job.advance).astype(storage))
@@ -136,7 +147,8 @@ def encode_table(
         # On a CPU both would compete for the same cores.
         prepare=tokenise if inference.device.type != "cpu" else None,
     )
-    return SparseStore(job.folder) if sparse else EmbeddingStore(job.folder)
+    store = {"sparse": SparseStore, "tokens": TokenStore}.get(inference.representation, EmbeddingStore)
+    return store(job.folder)
 
 
 def encode_job(
@@ -151,7 +163,7 @@ def encode_job(
     _check_kind(kind)
     if storage not in STORAGES:
         raise InputError(f"{storage!r} is not a storage", where="storage", cure="Use float32 or float16")
-    if inference.representation not in ("dense", "sparse"):
+    if inference.representation == "pair":
         raise InputError(
             "a cross-encoder has no embeddings", where="encoding", cure="Use score_rows or rerank with it"
         )

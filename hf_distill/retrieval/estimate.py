@@ -11,6 +11,7 @@ import numpy as np
 from ..models.base import RetrievalModel
 from .encode import as_inference_model, encode_job
 from .inference import InferenceModel
+from .multi_vector import encode_tokens
 from .searching import HasTexts
 
 
@@ -66,6 +67,8 @@ def estimate_seconds(
     def once(number: int) -> None:
         if ranker:
             inference.score(*inference.processor.pairs(questions[:number], texts[:number]))
+        elif inference.representation == "tokens":
+            encode_tokens(inference, inference.processor.encode(texts[:number], "passage"), "passage")
         else:
             inference.encode(inference.processor.encode(texts[:number], "passage"), "passage")
 

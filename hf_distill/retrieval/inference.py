@@ -194,10 +194,10 @@ class InferenceModel:
             advance: Called with the number of texts after every batch.
         """
         parts, order = [], []
-        for batch, weights in self._outputs(features, None, lambda chunk: self.model.encode(chunk, kind)):
+        for batch, weights in self.outputs(features, None, lambda chunk: self.model.encode(chunk, kind)):
             rows, terms = weights.nonzero(as_tuple=True)
             values = weights[rows, terms].cpu().numpy()
-            self._check_finite(values)
+            self.check_finite(values)
             ends = torch.bincount(rows, minlength=len(batch)).cumsum(0).cpu().numpy()
             indptr, terms = np.concatenate([[0], ends]), terms.to(torch.int32).cpu().numpy()
             parts.append(csr_matrix((values, terms, indptr), shape=tuple(weights.shape)))
@@ -214,7 +214,7 @@ class InferenceModel:
         advance: Callable[[int], None] | None,
     ) -> np.ndarray:
         result: torch.Tensor | None = None
-        for batch, output in self._outputs(features, token_types, forward):
+        for batch, output in self.outputs(features, token_types, forward):
             if result is None:
                 result = torch.empty((len(features), *output.shape[1:]), dtype=torch.float32, device=self.device)
             # Kept on the device, so that a GPU never waits for a copy.
@@ -222,10 +222,10 @@ class InferenceModel:
             if advance is not None:
                 advance(len(batch))
         values = result.cpu().numpy()
-        self._check_finite(values)
+        self.check_finite(values)
         return values
 
-    def _outputs(
+    def outputs(
         self,
         features: Sequence[Sequence[int]],
         token_types: Sequence[Sequence[int]] | None,
@@ -257,7 +257,8 @@ class InferenceModel:
                 output = forward(chunk)
             yield batch, output
 
-    def _check_finite(self, values: np.ndarray) -> None:
+    def check_finite(self, values: np.ndarray) -> None:
+        """Raises [`InputError`] for outputs that are no numbers."""
         if not np.isfinite(values).all():
             raise InputError(
                 f"the model's outputs are not finite in {self.dtype}",

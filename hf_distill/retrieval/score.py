@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..models.base import RetrievalModel
 from .encode import as_inference_model, encode_job, encode_table, model_identity
 from .inference import InferenceModel
+from .multi_vector import score_token_pairs
 from .searching import HasTexts, cosine_of_raw_vectors
 from .shards import ShardedJob, default_shard_rows, digest, working_folder, write_array
 from .store import VectorStore
@@ -242,6 +243,8 @@ def _score_by_embeddings(
 ) -> np.ndarray:
     left, query = _vectors(inference, queries, query, "query", "float32", cache_dir)
     right, document = _vectors(inference, corpus, document, "passage", storage, cache_dir)
+    if inference.representation == "tokens":
+        return score_token_pairs(left, right, query, document, inference.device)
     cosine = cosine_of_raw_vectors(inference)
     scores = np.empty(len(query), dtype=np.float32)
     sparse = inference.representation == "sparse"

@@ -1,4 +1,4 @@
-"""Search of a whole corpus with a dense or lexical model."""
+"""Search of a whole corpus with a retriever of any kind."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .encode import as_inference_model, encode_table, encode_texts
 from .index import EXACT, Index, empty_index
 from .inference import InferenceModel
 from .inverted import InvertedIndex, parse_factory
+from .multi_vector import TokenIndex
 from .shards import ShardedJob, default_shard_rows, working_folder, write_array
 
 
@@ -61,11 +62,13 @@ def search(
         collection: Anything with `queries` and `corpus`.
         query_positions: `int[n]`, the queries to search for; all by default.
         k: How many documents; the run is narrower if the corpus has fewer.
-        factory: `"Flat"` (exact); for a dense model any factory string of FAISS, for a lexical one `"Impact"`.
+        factory: `"Flat"` (exact); for a dense model any factory string of FAISS, for a lexical one `"Impact"`; for a
+            multi-vector model a factory string of FAISS for an index over tokens, which finds the passages that exact
+            MaxSim then ranks.
         search_options: FAISS parameters of searching, for example `"nprobe=32"`.
         dtype: Precision of encoding.
         token_budget: Tokens of an encoding batch.
-        storage: Precision of stored embeddings, `"float32"` or `"float16"`.
+        storage: Precision of stored embeddings, `"float32"` or `"float16"`; token vectors are always kept in float16.
         device: Where to run.
         cache_dir: Instead of the default cache folder.
         keep: False to leave nothing in the cache, for models that are still changing.
@@ -79,13 +82,15 @@ def search(
         return Run(query, np.empty((0, width), np.int64), np.empty((0, width), np.float32))
     with working_folder(cache_dir, keep) as folder:
         queries = encode_table(inference, _selected(collection.queries, query), "query", cache_dir=folder)
+        if inference.representation == "tokens":
+            storage = "float16"  # hundreds of vectors a passage
         vectors = encode_table(inference, collection.corpus, "passage", storage=storage, cache_dir=folder)
         rows = default_shard_rows(len(query), _SHARD_QUERIES)
         key = {
             "version": SEARCH_VERSION,
             "queries": queries.fingerprint,
             "vectors": vectors.fingerprint,
-            "normalize": cosine_of_raw_vectors(inference),
+            "normalize": inference.representation == "dense" and cosine_of_raw_vectors(inference),
             "k": width,
             "factory": factory,
             "options": search_options,
@@ -136,6 +141,8 @@ class Searcher:
             self._bm25 = BM25Index(corpus, cache_dir=cache_dir)
             return
         self._model = as_inference_model(model, dtype=dtype, device=device, token_budget=token_budget)
+        if self._model.representation == "tokens":
+            storage = "float16"
         store = encode_table(self._model, corpus, "passage", storage=storage, cache_dir=cache_dir)
         self._index = build_index(store, self._model, factory, device=device, cache_dir=cache_dir)
 
@@ -157,7 +164,7 @@ def build_index(
     device: Any = None,
     search_options: str | None = None,
     cache_dir: str | os.PathLike | None = None,
-) -> Index | InvertedIndex:
+) -> Index | InvertedIndex | TokenIndex:
     """The index that suits a model's vectors.
 
     Args:
@@ -170,6 +177,9 @@ def build_index(
     """
     if model.representation == "sparse":
         return InvertedIndex.build(vectors, parse_factory(factory), cache_dir=cache_dir)
+    if model.representation == "tokens":
+        where = model.device if device is None else device
+        return TokenIndex(vectors, factory, device=where, search_options=search_options, cache_dir=cache_dir)
     return Index.build(
         vectors,
         factory,
@@ -184,8 +194,8 @@ def check_factory(model: RetrievalModel, factory: str) -> None:
     """Raises [`InputError`] for an index that does not suit a model, before any work."""
     if model.representation == "sparse":
         parse_factory(factory)
-    elif factory != EXACT and model.representation == "dense":
-        empty_index(factory, model.embedding_size)
+    elif factory != EXACT and model.representation != "pair":
+        empty_index(factory, model.token_size if model.representation == "tokens" else model.embedding_size)
 
 
 def cosine_of_raw_vectors(model: RetrievalModel | InferenceModel) -> bool:
