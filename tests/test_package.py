@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import zipfile
 from configparser import ConfigParser
 from importlib import metadata
 
@@ -72,6 +73,20 @@ def test_nothing_from_outside_is_trusted_and_no_peer_is_imported(root):
         for pattern, what in forbidden.items():
             assert not re.search(pattern, text, re.MULTILINE), f"{path} {what}"
         assert len(text.splitlines()) <= 600, path
+
+
+def test_the_wheel_holds_every_file_of_the_package(root, tmp_path):
+    """Also launch configurations and other data, which setup.cfg names one folder at a time."""
+    words = ["-q", "egg_info", "--egg-base", tmp_path, "build", "--build-base", tmp_path / "build"]
+    words += ["bdist_wheel", "--dist-dir", tmp_path]
+    command = [sys.executable, "-c", "import setuptools; setuptools.setup()", *map(str, words)]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        held = set(wheel.namelist())
+    package = root / "hf_distill"
+    there = {path.relative_to(root).as_posix() for path in package.rglob("*") if path.is_file()}
+    assert not {name for name in there if "__pycache__" not in name} - held
+    assert "hf_distill/configs/zero3.yaml" in held
 
 
 def test_version_is_one(root):

@@ -19,7 +19,7 @@ from ..errors import HubError, InputError
 
 
 # How long another process than the main one waits before it speaks of bad input.
-_PATIENCE_SECONDS = 3.0
+_PATIENCE_SECONDS = 10.0
 # The exit code of a run that is complete on this machine but not on the Hub.
 NOT_PUSHED = 3
 
