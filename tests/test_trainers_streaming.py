@@ -5,26 +5,31 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+import hf_distill
 from hf_distill.data import RowSet, StreamedRows, load_collection
 from hf_distill.errors import InputError
 from hf_distill.evaluation import RetrievalEvaluation
 from hf_distill.models import DenseRetriever, student_from
 from hf_distill.teachers import CachedScores
-from hf_distill.trainers import DistillTrainer, DistillTrainingArguments, RetrievalTrainer, RetrievalTrainingArguments
+from hf_distill.trainers import DistillTrainer, DistillTrainingArguments, RetrievalTrainer
 from tests.test_trainers_training import arguments, assert_same, losses_of, weights
 
 
 ROWS = 70
+CONFIGS = Path(hf_distill.__file__).parent / "configs"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +89,13 @@ class Watching(RetrievalTrainer):
 
 
 class StopAt(TrainerCallback):
+    """Saves a checkpoint after a step and stops, as an interruption would."""
+
     def __init__(self, step: int):
         self.step = step
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
+        control.should_save = control.should_training_stop = state.global_step >= self.step
 
 
 def trainer(tiny_bert, rows, folder, kind=Watching, **settings):
@@ -106,9 +113,209 @@ def test_interrupted_twice(accumulation, tiny_bert, stream, tmp_path):
     assert len(straight.seen) == 14 * accumulation - (accumulation == 2)  # the 17th batch is a step of its own
     seen = []
     for start, stop in ((0, 3), (3, 11), (11, 14)):
-        one = trainer(tiny_bert, stream, tmp_path / "cut", save_strategy="steps", save_steps=1, **settings)
+        one = trainer(tiny_bert, stream, tmp_path / "cut", **settings)
         one.add_callback(StopAt(stop))
         one.train(resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{start}") if start else None)
         seen += one.seen
     assert seen == straight.seen
     assert_same(weights(straight.model), weights(one.model))
+
+
+def test_going_on_reads_no_batch_again(tiny_bert, stream, tmp_path, monkeypatch):
+    first = trainer(tiny_bert, stream, tmp_path / "out")
+    first.add_callback(StopAt(10))
+    first.train()
+    tokenised = []
+    second = trainer(tiny_bert, stream, tmp_path / "out")
+    collate = second.data_collator
+    second.data_collator = lambda examples: tokenised.append(len(examples)) or collate(examples)
+    second.train(resume_from_checkpoint=True)
+    assert len(tokenised) == 4 + 1  # and the one that the loader reads ahead
+
+
+def test_loader_workers_change_nothing(tiny_bert, collection, stream, tmp_path):
+    runs = []
+    for workers in (0, 2):
+        one = trainer(
+            tiny_bert,
+            stream,
+            tmp_path / str(workers),
+            max_steps=-1,
+            num_train_epochs=1,
+            dataloader_num_workers=workers,
+        )
+        one.train()
+        assert one.state.global_step == 17 and one.state.epoch == 1.0
+        runs.append(one)
+    assert runs[0].seen == runs[1].seen
+    assert_same(weights(runs[0].model), weights(runs[1].model))
+    seen, held = np.concatenate(runs[0].seen), make_rows(collection).query
+    assert len(seen) == 68
+    for query, number in zip(*np.unique(seen, return_counts=True)):
+        assert number <= (held == query).sum()
+
+
+def test_teacher_scores_sources_unlabelled_rows_and_evaluation(tiny_bert, collection, stream, tmp_path):
+    args = arguments(
+        tmp_path / "out",
+        DistillTrainingArguments,
+        num_negatives=3,
+        num_train_epochs=2,
+        max_steps=-1,
+        losses='[{"name": "kl", "calibration": "temperature"}, {"name": "contrastive", "weight": 0.5}]',
+        negative_sources='{"a": 1, "b": 3}',
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+    )
+    one = DistillTrainer(
+        student_from("layers:2", tiny_bert),
+        args,
+        teachers=[CachedScores("file")],
+        rows=stream,
+        evaluation=RetrievalEvaluation(collection, "dev", measures=["nDCG@10"]),
+    )
+    assert one.terms["kl"].calibration_temperature != 1.0  # fitted to the first rows of the stream
+    one.train()
+    assert one.state.global_step == 34 and len(losses_of(one)) == 34
+    assert [entry["epoch"] for entry in one.state.log_history if "eval_nDCG@10" in entry] == [1.0, 2.0]
+    with pytest.raises(InputError, match="no column 'scores_other'.*'scores', 'sources'"):
+        DistillTrainer(one.model, args, teachers=[CachedScores("file", "scores_other")], rows=stream)
+
+
+def test_a_stream_that_changed_is_refused(tiny_bert, collection, stream, tmp_path):
+    one = trainer(tiny_bert, stream, tmp_path / "out", max_steps=2)
+    one.add_callback(StopAt(2))
+    one.train()
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    other = save_in_parts(make_rows(collection, seed=1), tmp_path)
+    changed = StreamedRows.open(other, collection.queries, collection.corpus)
+    with pytest.raises(InputError, match="checkpoint-2.*on other data: the training rows changed"):
+        trainer(tiny_bert, changed, tmp_path / "out").train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(InputError, match="shuffle_buffer was 20 and is 30"):
+        trainer(tiny_bert, stream, tmp_path / "out", shuffle_buffer=30).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(InputError, match="queries in a batch of all processes was 4 and is 8"):
+        again = trainer(tiny_bert, stream, tmp_path / "out", per_device_train_batch_size=8)
+        again.train(resume_from_checkpoint=checkpoint)
+
+
+def test_too_few_streamed_rows_for_a_batch(tiny_bert, stream, tmp_path):
+    with pytest.raises(InputError, match="70 training rows do not fill one batch of 71"):
+        trainer(tiny_bert, stream, tmp_path / "out", per_device_train_batch_size=71)
+
+
+# ---- Other processes ----
+def run_settings(folder, micro, rows, model, **settings) -> dict:
+    return {
+        "collection": str(micro),
+        "rows": str(rows),
+        "model": str(model),
+        "arguments": {
+            "output_dir": str(folder),
+            "use_cpu": True,
+            "per_device_train_batch_size": 8,
+            "num_negatives": 2,
+            "shuffle_buffer": 20,
+            "max_steps": 24,
+            "learning_rate": 1e-3,
+            "warmup_steps": 0,
+            "save_strategy": "no",
+            "report_to": "none",
+            "seed": 3,
+            **settings,
+        },
+    }
+
+
+def command(settings: list[dict], processes: int, folder: Path) -> list[str]:
+    path = folder / f"settings-{processes}.json"
+    path.write_text(json.dumps(settings))
+    script = [str(Path(__file__).with_name("streaming_run.py")), str(path)]
+    if processes == 1:
+        return [sys.executable, *script]
+    launch = ["--config_file", str(CONFIGS / "multi_cpu.yaml"), "--num_processes", str(processes)]
+    return [sys.executable, "-m", "accelerate.commands.launch", *launch, "--main_process_port", "0", *script]
+
+
+def run(*arguments) -> None:
+    done = subprocess.run(command(*arguments), env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def kill_after(arguments, checkpoint: Path) -> None:
+    """Starts a run and kills all its processes at once when it has written a checkpoint."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    running = subprocess.Popen(command(*arguments), env=ENVIRONMENT, **quiet)
+    try:
+        deadline = time.monotonic() + 120
+        while not (checkpoint / "trainer_state.json").is_file():
+            assert running.poll() is None, "it ended by itself"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert running.poll() is None
+    finally:
+        # The launcher's workers have sessions of their own and would outlive it.
+        started = psutil.Process(running.pid).children(recursive=True)
+        for process in (running, *started):
+            process.kill()
+        running.wait()
+        psutil.wait_procs(started)
+
+
+def result(folder: Path, processes: int) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+    """The global batches and the weights of a run."""
+    parts = [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in range(processes)]
+    assert {part["world_size"] for part in parts} == {processes}
+    batches = [sum(batch, []) for batch in zip(*(part["batches"] for part in parts), strict=True)]
+    return batches, load_file(folder / "weights")
+
+
+@pytest.fixture(scope="module")
+def runs(micro, tiny_bert_source, folder, tmp_path_factory):
+    """`runs(processes)` is a folder with the run `cut`, killed in its second epoch of three and started again, the
+    same one `straight`, and one with accumulated gradients; each made once."""
+    found: dict[int, Path] = {}
+
+    def make(processes: int) -> Path:
+        if processes not in found:
+            out = found[processes] = tmp_path_factory.mktemp(f"processes-{processes}")
+            common = {"per_device_train_batch_size": 8 // processes}
+            settings = {
+                "cut": {"save_strategy": "steps", "save_steps": 1},
+                "straight": {},
+                "accumulated": {"gradient_accumulation_steps": 3, "dropout": 0.0, "max_steps": 6},
+            }
+            cut, *others = (
+                run_settings(out / name, micro, folder, tiny_bert_source, **common, **more)
+                for name, more in settings.items()
+            )
+            kill_after(([cut], processes, out), out / "cut" / "checkpoint-10")
+            assert not (out / "cut" / "weights").exists()
+            run([cut, *others], processes, out)
+        return found[processes]
+
+    return make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.distributed)])
+def test_killed_and_started_again(processes, runs):
+    """After `kill -9` the same command ends with the weights of a straight run."""
+    expected, resumed = (result(runs(processes) / name, processes) for name in ("straight", "cut"))
+    assert len(expected[0]) == 24 and 0 < len(resumed[0]) <= 14
+    assert resumed[0] == expected[0][-len(resumed[0]) :]
+    assert_same(expected[1], resumed[1])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_train_on_the_batches_of_one(runs):
+    """The same rows in every global batch, in the same order, over the ends of epochs; and so the same training."""
+    one, two = (
+        {name: result(runs(processes) / name, processes) for name in ("straight", "accumulated")}
+        for processes in (1, 2)
+    )
+    assert one["straight"][0] == two["straight"][0]
+    assert one["accumulated"][0] == two["accumulated"][0] == one["straight"][0][:16]
+    for name, tensor in one["accumulated"][1].items():
+        torch.testing.assert_close(two["accumulated"][1][name], tensor, rtol=1e-3, atol=2e-4, msg=name)
