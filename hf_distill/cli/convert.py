@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..console import get_logger, print_table
-from ..errors import InputError
+from ..provenance import note_source
 from .options import ConvertOptions
 from .parsing import Verb, require
 
+
+if TYPE_CHECKING:
+    from ..data.formats.opening import Source
 
 logger = get_logger(__name__)
 
@@ -22,6 +27,7 @@ def run(options: ConvertOptions) -> None:
     )
     from ..data.formats.conversion import convert, working_folder
     from ..data.formats.opening import open_inputs
+    from ..hub.manifest import MANIFEST, write_manifest
 
     source = open_inputs(
         options.input,
@@ -32,14 +38,30 @@ def run(options: ConvertOptions) -> None:
         allow_pickle=options.allow_pickle,
         corpus_columns=options.corpus_columns.split(",") if options.corpus_columns else None,
     )
-    if options.unknown_ids not in ("error", "drop"):
-        raise InputError(f"{options.unknown_ids!r} is not a choice", where="--unknown_ids", cure="Use error or drop")
     done = convert(source, options.output_dir, unknown_ids=options.unknown_ids, name=options.name)
+    _note(source, options.revision)
     rows = [[part.label, f"{part.rows:,}", ", ".join(part.columns)] for part in done.parts]
     print_table(f"{source.where} → {Path(options.output_dir)}", ["part", "rows", "columns"], rows)
     for part in done.parts:
         for line in part.notes.lines():
             logger.warning("%s: %s", part.label, line)
+    if not (done.folder / MANIFEST).exists():
+        write_manifest(done.folder, data={part.label: {"rows": part.rows} for part in done.parts})
+
+
+def _note(source: Source, revision: str | None) -> None:
+    """Notes what was read, for the manifest."""
+    inputs = getattr(source, "inputs", None)
+    if inputs is None:
+        note_source("data", source.where, dict, source.revision or revision)
+    for item in inputs or ():
+        note_source("data", item.path, partial(_facts, item.path), source.revision)
+
+
+def _facts(path: Path) -> dict[str, str]:
+    from ..data.sources import content_hash
+
+    return {"fingerprint": content_hash(path)}
 
 
 VERB = Verb(

@@ -243,6 +243,9 @@ def _scanned(folder: Path, local: LocalSource, cache_dir, allow_pickle: bool = F
     inputs = [item for item in found if item.kind != COLUMNS]
     if not inputs:
         return None
+    for path in sorted(folder.iterdir()):
+        if is_pickle(path) and not allow_pickle:
+            logger.warning("%s: a pickle, which is passed over; --allow_pickle true reads scores and negatives", path)
     if len(inputs) < len(found):
         left = ", ".join(item.path.name for item in found if item not in inputs)
         logger.warning("%s: not read beside the others, because its rows hold texts: %s", folder, left)
