@@ -32,6 +32,13 @@ def rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
+def wait_for_everyone() -> None:
+    """Waits until all processes are here."""
+    from accelerate import PartialState
+
+    PartialState().wait_for_everyone()
+
+
 def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     """Stacks the rows of all processes in the order of their ranks.
 

@@ -22,10 +22,7 @@ def run(data_options: CollectionOptions, options: ForgettingOptions, encode_opti
         model=(options.model, "the model that was trained on the last pool"),
         output_dir=(options.output_dir, "folder for figures and plots"),
     )
-    from ..evaluation.forgetting import changes, composition, negative_keys, overlap, positive_ranks, write_ranks
-    from ..evaluation.plots import plot_composition, plot_forgetting
-    from ..evaluation.report import update_metrics
-    from ..files import write_json
+    from ..evaluation.forgetting import positive_ranks, write_forgetting
     from ..hub.manifest import write_manifest
     from ..models import load_model
     from . import steps
@@ -54,9 +51,18 @@ def run(data_options: CollectionOptions, options: ForgettingOptions, encode_opti
     ranks = np.stack([np.where(one > options.depth, 0, one) for one in ranks] + [ranks_of(options.model)])
     names = ["pretrained", *(f"episode_{number}" for number in range(1, len(options.rows) + 1))]
     twins = [None] * (len(names) - 1) + [ranks_of(options.twin) if options.twin is not None else None]
-    found = changes(names, ranks, twins)
-    keys = [negative_keys(pool) for pool in pools]
-    shares, common = composition(keys), overlap(keys)
+    if not is_main_process():
+        return
+    found = write_forgetting(
+        options.output_dir,
+        f"{collection.name}/{options.split}",
+        ids,
+        names,
+        ranks,
+        pools,
+        other_seed=twins,
+        depth=options.depth,
+    )
     print_table(
         f"{collection.name}/{options.split}: {len(ids):,} queries",
         ["episode", f"RR@{options.depth}", "learning", "forgetting", "lost", "noise"],
@@ -65,21 +71,7 @@ def run(data_options: CollectionOptions, options: ForgettingOptions, encode_opti
             for one in found
         ],
     )
-    if not is_main_process():
-        return
-    folder = Path(options.output_dir)
-    for change in found:
-        figures = {name: value for name, value in change.as_dict().items() if name not in ("name", "rr")}
-        figures[f"RR@{options.depth}"] = change.rr
-        update_metrics(folder / "metrics.json", f"{collection.name}/{options.split}", change.name, figures)
-    write_json(
-        folder / "negatives.json",
-        {"episodes": names[1:], "first_supplied_by": shares.tolist(), "shared_with": common.tolist()},
-    )
-    write_ranks(folder / "ranks.parquet", ids, names, ranks)
-    plot_forgetting(found, folder / "plots" / "forgetting.png")
-    plot_composition(shares, names[1:], folder / "plots" / "negatives.png")
-    write_manifest(folder, data=data.facts())
+    write_manifest(options.output_dir, data=data.facts())
 
 
 def _miner_ranks(folder: str) -> dict[str, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -14,12 +13,14 @@ import numpy as np
 
 from ..console import get_logger, is_main_process
 from ..data import Collection, RowSet, Run, StreamedRows, load_collection, open_row_set
+from ..distributed import wait_for_everyone
 from ..errors import InputError
 from ..files import read_json, write_json
 from ..hub.manifest import without_secrets
 from ..locking import lock_folder, unlock_folder
 from ..provenance import note_source
 from ..settings import NOT_OF_THE_RUN
+from ..trainers.checkpoints import last_complete_checkpoint
 from .options import CollectionOptions, DataOptions, EncodeOptions, ModelOptions, PoolOptions, RowOptions
 
 
@@ -173,39 +174,6 @@ def _changed_inputs(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any
     if name == "data_fingerprint" and isinstance(before, Mapping) and isinstance(now, Mapping):
         return [f"the {part}" for part in sorted({*before, *now}) if before.get(part) != now.get(part)]
     return [_INPUTS[name]] if name in _INPUTS else []
-
-
-def last_complete_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint that was written to its end; newer ones that were cut off are removed."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    from ..distributed import world_size
-
-    while Path(folder).is_dir() and (checkpoint := get_last_checkpoint(str(folder))) is not None:
-        # The state is the last file of a checkpoint but for the random states of the other processes.
-        random_states = len(list(Path(checkpoint).glob("rng_state*.pth")))
-        try:
-            read_json(Path(checkpoint) / "trainer_state.json")
-            complete = True
-        except (OSError, ValueError):
-            complete = False
-        if complete and not random_states:
-            logger.warning("%s holds a model alone (save_only_model): training starts at the beginning.", checkpoint)
-            return None
-        if complete and random_states >= world_size():
-            return checkpoint
-        logger.warning("%s was cut off while it was written; going back to the one before.", checkpoint)
-        if is_main_process():
-            shutil.rmtree(checkpoint)
-        wait_for_everyone()
-    return None
-
-
-def wait_for_everyone() -> None:
-    """Returns when all processes have come here."""
-    from accelerate import PartialState
-
-    PartialState().wait_for_everyone()
 
 
 def finish_training(trainer: BaseTrainer) -> RetrievalModel:

@@ -17,7 +17,7 @@ class _CommandLineDefaults:
     save_strategy: str = field(default="steps", metadata={"help": "Save checkpoints: steps, epoch, best or no."})
     save_steps: float = field(default=0.25, metadata={"help": "How often: steps, or below 1 a share of all."})
     load_best_model_at_end: bool | None = field(
-        default=None, metadata={"help": "End with the best checkpoint on dev. Default: true where there is evaluation."}
+        default=None, metadata={"help": "End with the best checkpoint on dev. Default: true with evaluation."}
     )
     eval_corpus_size: int | None = field(
         default=5000, metadata={"help": "Passages searched in an evaluation during training; 0 means all."}

@@ -22,7 +22,7 @@ from hf_distill.data.rows import RowSet
 from hf_distill.data.run import Run
 from hf_distill.data.schema import SOURCES
 from hf_distill.errors import InputError
-from hf_distill.files import atomic_path
+from hf_distill.files import atomic_path, write_json
 
 
 DEPTH = 100
@@ -215,3 +215,45 @@ def read_ranks(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
     table = pq.read_table(path)
     return {name: table.column(name).to_numpy() for name in table.column_names if name != "query_id"}
+
+
+def write_forgetting(
+    folder: str | os.PathLike,
+    dataset: str,
+    query_ids: Sequence[str],
+    names: Sequence[str],
+    ranks: np.ndarray,
+    pools: Sequence[RowSet] = (),
+    *,
+    other_seed: Sequence[np.ndarray | None] = (),
+    depth: int = DEPTH,
+) -> list[Change]:
+    """Writes what episodes learned and forgot: `metrics.json`, `ranks.parquet`, `negatives.json` and two plots.
+
+    Args:
+        folder: Where to.
+        dataset: `"<collection>/<split>"`.
+        query_ids: The compared queries.
+        names: Of the models in order, the pretrained one first.
+        ranks: `int[models, queries]`, from [`positive_ranks`].
+        pools: The pool of each episode, that is of each model but the first.
+        other_seed: See [`changes`].
+        depth: Of the ranks.
+    """
+    from hf_distill.evaluation.plots import plot_composition, plot_forgetting
+    from hf_distill.evaluation.report import update_metrics
+
+    folder = Path(folder)
+    found = changes(names, ranks, other_seed)
+    for change in found:
+        figures = {name: value for name, value in change.as_dict().items() if name not in ("name", "rr")}
+        update_metrics(folder / "metrics.json", dataset, change.name, {**figures, f"RR@{depth}": change.rr})
+    write_ranks(folder / "ranks.parquet", query_ids, names, ranks)
+    plot_forgetting(found, folder / "plots" / "forgetting.png")
+    if pools:
+        keys = [negative_keys(pool) for pool in pools]
+        shares = composition(keys)
+        content = {"first_supplied_by": shares.tolist(), "shared_with": overlap(keys).tolist()}
+        write_json(folder / "negatives.json", {"episodes": list(names[1:]), **content})
+        plot_composition(shares, names[1:], folder / "plots" / "negatives.png")
+    return found

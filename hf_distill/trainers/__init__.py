@@ -8,12 +8,18 @@ from ..lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "arguments": ["DistillTrainingArguments", "LexMAETrainingArguments", "RetrievalTrainingArguments"],
+        "arguments": [
+            "DistillTrainingArguments",
+            "LexMAETrainingArguments",
+            "RetrievalTrainingArguments",
+            "TeleTrainingArguments",
+        ],
         "base": ["BaseTrainer"],
         "publishing": ["About"],
         "callbacks": ["ForgettingCallback", "StopAfter"],
         "distill": ["DistillTrainer"],
         "lexmae": ["LexMAEPretrainer"],
         "retrieval": ["RetrievalTrainer"],
+        "tele": ["TeleTrainer"],
     },
 )

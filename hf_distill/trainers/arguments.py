@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from .options import DistillOptions, LexMAEOptions, RetrievalOptions
+from .options import DistillOptions, LexMAEOptions, RetrievalOptions, TeleOptions
 
 
 @dataclass
@@ -41,6 +41,21 @@ class RetrievalTrainingArguments(TrainingArguments, RetrievalOptions):
 @dataclass
 class DistillTrainingArguments(RetrievalTrainingArguments, DistillOptions):
     """Arguments of [`DistillTrainer`]: those of [`RetrievalTrainingArguments`] and [`DistillOptions`]."""
+
+
+@dataclass
+class TeleTrainingArguments(RetrievalTrainingArguments, TeleOptions):
+    """Arguments of [`TeleTrainer`]: those of [`RetrievalTrainingArguments`] and [`TeleOptions`].
+
+    `stop_after` ends every episode but the last; the learning rates are those of the whole run.
+    """
+
+    negative_sampling: str = field(
+        default="window", metadata={"help": "How negatives are drawn from the pool: window, random or hardest."}
+    )
+    positive_sampling: str = field(
+        default="rotate", metadata={"help": "Which positive of a row is used in an epoch: rotate, first or random."}
+    )
 
 
 @dataclass

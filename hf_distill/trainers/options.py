@@ -110,6 +110,22 @@ class DistillOptions(RetrievalOptions):
 
 
 @dataclass
+class TeleOptions(RetrievalOptions):
+    """Options of [`TeleTrainer`]; see [`RetrievalOptions`] for the rest."""
+
+    episodes: int = _option(3, "Episodes of mining and training.")
+    episode_negatives: str | None = _option(
+        None, "Negatives of a query in a batch, by episode: '15,31,31'. Default: num_negatives in all."
+    )
+    negative_sampling: str = _option(
+        "window", "How negatives are drawn from the pool.", choices=["random", "hardest", "window"]
+    )
+    positive_sampling: str = _option(
+        "rotate", "Which positive of a row is used in an epoch.", choices=["first", "random", "rotate"]
+    )
+
+
+@dataclass
 class LexMAEOptions(CommonOptions):
     """Options of [`LexMAEPretrainer`]."""
 
