@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import hf_distill
+from hf_distill.cli.main import main
 from hf_distill.data import RowSet, StreamedRows, load_collection
 from hf_distill.errors import InputError
 from hf_distill.evaluation import RetrievalEvaluation
@@ -319,3 +320,89 @@ def test_two_processes_train_on_the_batches_of_one(runs):
     assert one["accumulated"][0] == two["accumulated"][0] == one["straight"][0][:16]
     for name, tensor in one["accumulated"][1].items():
         torch.testing.assert_close(two["accumulated"][1][name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+
+
+# ---- The command line ----
+def train_flags(micro, folder, model, out, *more) -> list[str]:
+    flags = {
+        "data": micro,
+        "rows": folder,
+        "streaming": "true",
+        "output_dir": out,
+        "use_cpu": "true",
+        "per_device_train_batch_size": 8,
+        "num_negatives": 3,
+        "max_steps": 12,
+        "report_to": "none",
+        "eval_strategy": "no",
+    }
+    start = ["train", "--model", str(model)] if not more else list(more)
+    return [*start, *(f"--{name}={value}" for name, value in flags.items())]
+
+
+def test_the_verb_train_streams(micro, folder, tiny_bert, tmp_path, monkeypatch):
+    def held(*arguments, **settings):
+        raise AssertionError("the rows were read whole")
+
+    monkeypatch.setattr(RowSet, "_cached", held)
+    main(train_flags(micro, folder, tiny_bert, tmp_path / "out"))
+    manifest = json.loads((tmp_path / "out" / "run_manifest.json").read_text())
+    assert manifest["data"]["rows"]["number"] == ROWS
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert {"bm25", "before", "trained"} <= set(metrics["micro/test"])
+
+
+def test_the_verb_distill_streams_a_column_of_scores(micro, folder, tiny_bert, tmp_path):
+    more = ["distill", "--teacher", "column:scores", "--student", str(tiny_bert)]
+    main(train_flags(micro, folder, tiny_bert, tmp_path / "out", *more))
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert {"student", "student_no_teacher"} <= set(metrics["micro/test"])
+    state = json.loads((tmp_path / "out" / "checkpoint-12" / "training_rows.json").read_text())
+    assert state["order"]["streamed"] and state["order"]["shuffle_buffer"] == 10_000
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        (["--max_queries", "8"], "no sample can be drawn from rows that are streamed"),
+        (["--rows=nowhere"], "there is no row set 'nowhere'"),
+        (["--num_negatives", "-1"], "-1 is not a number of negatives"),
+    ],
+)
+def test_wishes_that_streams_cannot_meet(more, problem, micro, folder, tiny_bert, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*train_flags(micro, folder, tiny_bert, tmp_path / "out"), *more])
+    assert end.value.code == 2
+    assert problem in capsys.readouterr().err
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_stream_needs_a_row_set(micro, folder, tiny_bert, tmp_path, capsys):
+    flags = train_flags(micro, folder, tiny_bert, tmp_path / "out")
+    with pytest.raises(SystemExit):
+        main([flag for flag in flags if not flag.startswith("--rows")])
+    assert "Name one with --rows, or leave --streaming out" in capsys.readouterr().err
+
+
+def test_a_ranker_scores_no_stream(micro, folder, tiny_bert, tiny_ranker, tmp_path, capsys):
+    more = ["distill", "--teacher", str(tiny_ranker), "--student", str(tiny_bert)]
+    with pytest.raises(SystemExit):
+        main(train_flags(micro, folder, tiny_bert, tmp_path / "out", *more))
+    assert "--teacher_mode live" in capsys.readouterr().err
+
+
+def _main(flags):
+    main(flags)
+    return "done"
+
+
+def test_rows_of_a_repository(hub, hub_client, micro, folder, tiny_bert, tmp_path):
+    """`--rows ID --streaming true`: the same model as from the same files in a folder, and nothing of them is kept."""
+    files = {f"data/{file.name}": file.read_bytes() for file in folder.glob("*.parquet")}
+    hub.add_repo("alice/rows", files, kind="dataset", private=True)
+    settings = [micro, "alice/rows", tiny_bert, tmp_path / "hub"]
+    assert hub_client(_main, train_flags(*settings)) == "done"
+    main(train_flags(micro, folder, tiny_bert, tmp_path / "folder"))
+    assert_same(*(load_file(tmp_path / name / "model.safetensors") for name in ("hub", "folder")))
+    got = {request.status for request in hub.requests if request.method == "GET" and request.path.endswith(".parquet")}
+    assert got == {206}
