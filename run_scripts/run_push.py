@@ -1,4 +1,4 @@
-"""`hf-distill push` as a script, also for `accelerate launch`."""
+"""`hf-distill push` as a script, for those who start scripts."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def hub(monkeypatch, tmp_path):
     """A Hub that can be asked; `hub.answer` is what it says."""
     state = SimpleNamespace(answer=None, downloads=[])
 
-    def model_info(self, repo_id, *, revision=None, timeout=None):
+    def model_info(self, repo_id, *, revision=None, timeout=None, files_metadata=False):
         assert timeout is not None and timeout <= 10
         if isinstance(state.answer, Exception):
             raise state.answer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -17,6 +17,8 @@ from hf_distill.data.cards import read_card
 from hf_distill.data.readers import Block, file_kind, read_blocks
 from hf_distill.errors import InputError
 from hf_distill.files import cache_folder, file_fingerprint, fingerprint, read_json, write_json
+from hf_distill.hub.client import attempt
+from hf_distill.hub.download import check_content, check_file
 
 
 logger = get_logger(__name__)
@@ -240,7 +242,7 @@ def open_source(
     return HubSource(text, revision)
 
 
-# Only the six functions below speak to the Hub; `datasets` and `huggingface_hub` retry by themselves.
+# Only the functions below speak to the Hub.
 
 
 def resolve_revision(repo: str, revision: str | None) -> str | None:
@@ -262,15 +264,37 @@ def fetch_configs(repo: str, revision: str | None) -> list[str]:
     from datasets import get_dataset_config_names
 
     with _HubErrors(repo, revision):
-        return get_dataset_config_names(repo, revision=revision)
+        return attempt(lambda: get_dataset_config_names(repo, revision=revision), f"asking for {repo}")
 
 
 def fetch(repo: str, config: str, revision: str | None) -> Any:
-    """A config as a `datasets.DatasetDict`."""
-    from datasets import load_dataset
+    """A config as a `datasets.DatasetDict`; its files are compared with the hashes that the Hub keeps."""
+    from datasets import load_dataset_builder
+
+    def prepared() -> Any:
+        builder = load_dataset_builder(repo, config, revision=revision)
+        # Before anything is made of them: what `datasets` makes is kept, and would be taken for good later.
+        _check_files(chain.from_iterable((builder.config.data_files or {}).values()))
+        builder.download_and_prepare()
+        return builder.as_dataset()
 
     with _HubErrors(repo, revision):
-        return load_dataset(repo, config, revision=revision)
+        return attempt(prepared, f"reading {repo}")
+
+
+def _check_files(paths: Iterable[str]) -> None:
+    from huggingface_hub import HfFileSystem, hf_hub_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        return
+    hub = HfFileSystem()
+    for path in paths:
+        expected = (hub.info(path).get("lfs") or {}).get("sha256")
+        if expected is not None:
+            at = hub.resolve_path(path)
+            local = hf_hub_download(at.repo_id, at.path_in_repo, repo_type=at.repo_type, revision=at.revision)
+            check_file(Path(local), expected)
 
 
 def fetch_files(repo: str, config: str, revision: str | None) -> list[SourceFile]:
@@ -305,12 +329,19 @@ def fetch_file(repo: str, path: str, revision: str | None) -> Path | None:
 
 def fetch_data_files(repo: str, revision: str | None, patterns: Sequence[str] = DATA_FILES) -> Path | None:
     """Downloads the data files of a repository that fit `patterns`; the folder of them, `None` if there are none."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
+    wanted = [*patterns, "README.md"]
     with _HubErrors(repo, revision):
         folder = Path(
-            snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=[*patterns, "README.md"])
+            attempt(
+                lambda: snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=wanted),
+                f"downloading {repo}",
+            )
         )
+        if not HF_HUB_OFFLINE:
+            check_content(folder, HfApi().dataset_info(repo, revision=revision, files_metadata=True).siblings or [])
     return folder if any(found.is_file() for pattern in patterns for found in folder.rglob(pattern)) else None
 
 
@@ -327,8 +358,16 @@ class _HubErrors:
     def __exit__(self, kind, error, traceback) -> bool:
         if error is None or isinstance(error, InputError) or not isinstance(error, Exception):
             return False
+        import yaml
         from datasets.exceptions import DatasetNotFoundError
 
+        if isinstance(error, yaml.YAMLError):
+            line = getattr(getattr(error, "problem_mark", None), "line", 0) + 2
+            raise InputError(
+                f"the YAML header of its README.md is broken ({getattr(error, 'problem', None) or 'not readable'})",
+                where=f"{self.where}, README.md, line {line}",
+                cure="Mend the lines between the two '---', or name an earlier revision",
+            ) from error
         text = str(error).strip().split("\n")[0]
         if "scripts are no longer supported" in text:
             raise LoadingScriptError(

@@ -10,6 +10,8 @@ from pathlib import Path
 from ..console import get_logger
 from ..errors import InputError
 from ..files import file_fingerprint
+from ..hub.client import attempt, explain, is_worth_another_try
+from ..hub.download import check_content
 from ..provenance import note_source
 
 
@@ -94,12 +96,14 @@ def _find(text: str, revision: str | None) -> ModelSource:
 
 
 def _find_on_hub(name: str, revision: str | None) -> ModelSource:
-    from huggingface_hub import HfApi, constants, errors, snapshot_download, utils
+    from huggingface_hub import constants, errors, utils
 
     reason = "HF_HUB_OFFLINE=1"
     if not constants.HF_HUB_OFFLINE:
         try:
-            info = HfApi().model_info(name, revision=revision, timeout=_HUB_SECONDS)
+            return _download(name, revision)
+        except InputError:
+            raise
         except errors.GatedRepoError:
             raise InputError(
                 f"the model {name!r} is gated and this account has no access",
@@ -127,21 +131,48 @@ def _find_on_hub(name: str, revision: str | None) -> ModelSource:
         except Exception as error:
             # Whatever kept the Hub from answering (no network, a proxy, a server error): what is here must do.
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        else:
-            files = _wanted_files([sibling.rfilename for sibling in info.siblings or []])
-            downloaded = snapshot_download(name, revision=info.sha, allow_patterns=files)
-            return ModelSource(name, Path(downloaded), info.sha)
+            if is_worth_another_try(error) and _cached(name, revision) is None and name not in PACKAGED_MODELS:
+                return _download_patiently(name, revision)
     return _find_without_hub(name, revision, reason)
 
 
-def _find_without_hub(name: str, revision: str | None, reason: str) -> ModelSource:
+def _download(name: str, revision: str | None) -> ModelSource:
+    from huggingface_hub import HfApi, snapshot_download
+
+    info = HfApi().model_info(name, revision=revision, timeout=_HUB_SECONDS, files_metadata=True)
+    files = _wanted_files([sibling.rfilename for sibling in info.siblings or []])
+    folder = Path(snapshot_download(name, revision=info.sha, allow_patterns=files))
+    check_content(folder, info.siblings or [])
+    return ModelSource(name, folder, info.sha)
+
+
+def _download_patiently(name: str, revision: str | None) -> ModelSource:
+    try:
+        return attempt(lambda: _download(name, revision), f"asking for {name}")
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the model {name!r} is no folder, and does not come from the Hub: {explain(error)}",
+            where="model",
+            cure="Start the same command again later, or give a folder",
+        ) from error
+
+
+def _cached(name: str, revision: str | None) -> Path | None:
+    """The newest copy in the Hub's cache."""
     from huggingface_hub import snapshot_download
 
     try:
-        cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
     except Exception:
-        cached = None
-    if cached is not None and any(cached.glob("*.json")):
+        return None
+    return folder if any(folder.glob("*.json")) else None
+
+
+def _find_without_hub(name: str, revision: str | None, reason: str) -> ModelSource:
+    cached = _cached(name, revision)
+    if cached is not None:
         logger.info("%s: the Hub was not asked or did not answer (%s); using the cached copy.", name, reason)
         return ModelSource(name, cached, cached.name)
     package, subfolder = PACKAGED_MODELS.get(name, (None, None))
