@@ -33,7 +33,9 @@ def full_disk(error: BaseException, folder: str | os.PathLike) -> InputError | N
         return None
     if not (isinstance(error, OSError) and error.errno in _FULL or _FULL_TEXT.search(str(error))):
         return None
-    place = next(place for place in (Path(folder), *Path(folder).absolute().parents) if place.exists())
+    # A temporary folder is the name of nothing that a person knows.
+    folder = next(place for place in (Path(folder), *Path(folder).parents) if place.suffix != ".tmp")
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     usage = shutil.disk_usage(place)
     reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "the disk is full"
     return InputError(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -206,3 +208,37 @@ def test_every_library_says_that_nothing_more_fits(tmp_path):
     ]  # fmt: skip
     for line in lines:
         assert " InputError " in line and " are free" in line and str(tmp_path) in line, line
+
+
+NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
+
+
+def may_mount() -> bool:
+    """Whether this account may mount a small file system for itself."""
+    try:
+        script = "mount -t tmpfs -o size=64k tmpfs /mnt"
+        return subprocess.run([*NAMESPACE, "sh", "-c", script], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not may_mount(), reason="needs a user namespace; the test before needs none")
+def test_on_a_full_file_system_nothing_broken_is_left_and_the_same_command_goes_on(micro, tiny_bert, tmp_path):
+    """A real one: Arrow builds, shards, checkpoints and the final model run out of room at different points."""
+    script = Path(__file__).with_name("full_disk.py")
+    words = [sys.executable, str(script), str(tmp_path), str(micro), str(tiny_bert)]
+    done = subprocess.run([*NAMESPACE, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    for name in ("training", "caches"):
+        *full, enough = result[name]
+        refused = [one for one in full if one["code"]]
+        assert len(refused) >= 3, [(one["free"], one["code"]) for one in full]
+        for one in refused:
+            assert one["code"] == 2 and re.search(r"\((No space left on device|the disk is full); ", one["said"]), one
+            assert " are free)" in one["said"] and "start the same command again" in one["said"]
+            assert "Traceback" not in one["said"]
+        assert enough["code"] == 0, enough
+        assert not [file for one in result[name] for file in one["broken"]]
+    assert result["same weights"] and result["same run"]
