@@ -17,6 +17,7 @@ from hf_distill.models import CrossEncoderRanker, DenseRetriever, MultiVectorRet
 from hf_distill.models.base import block_list
 from hf_distill.models.layer_scores import vector_layer_scores
 from hf_distill.models.multi_vector import token_scores
+from hf_distill.retrieval import score_layers, score_rows
 from hf_distill.teachers import CachedScores, LiveTeacher
 from hf_distill.trainers import DistillTrainer, DistillTrainingArguments
 from hf_distill.trainers.layers import LayerPairing
@@ -331,3 +332,64 @@ def test_the_logged_term_is_the_loss_of_the_paper(tiny_bert, rows, tmp_path):
         theirs = teacher.layer_scores(teacher(**batch["tokens"]["teacher"], layers=(2, 4)), batch, "global")
     expected = layer_alignment_loss(ours, theirs, torch.arange(4) * 4)
     assert history(trainer)[0]["layer_alignment"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("archetype", ARCHETYPES)
+def test_cached_layers_teach_as_live_ones_do(archetype, tiny_tokenizer, rows, tmp_path):
+    """The same losses step by step, from columns that were written to disk and read again."""
+    source = save_tiny(tmp_path / "bert", "bert", tiny_tokenizer)
+    teacher = make(archetype, source)
+    scored = score_layers(teacher, score_rows(teacher, rows, dtype="float32"), dtype="float32")
+    scored = RowSet.load(scored.save(tmp_path / "rows"), rows.queries, rows.corpus)
+    cached = CachedScores.from_rows("teacher", scored, "scores", "layer_scores_teacher", model=teacher)
+    assert cached.layers == (1, 2, 3, 4) and cached.num_layers == 4
+    # A dense teacher's own temperature is not part of what a row set stores.
+    teacher.config.temperature = 1.0
+    losses = (
+        '[{"name": "contrastive", "candidates": "own"}, kl, {"name": "layer_alignment", "candidates": "own"}, '
+        '{"name": "layer_alignment", "calibration": "z_norm", "calibrate_student": true, "weight": 0.5}]'
+    )
+    seen = []
+    for one in (LiveTeacher("teacher", teacher), cached):
+        student = student_from("layers:2", make("dense", source, pooling="cls", similarity="dot"))
+        args = arguments(tmp_path / "out", losses=losses, max_steps=4)
+        seen.append(history(DistillTrainer(student, args, [one], rows=scored)))
+    for step, (live, stored) in enumerate(zip(*seen)):
+        for name, value in live.items():
+            assert stored[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (step, name)
+
+
+def test_scores_of_layers_are_made_once(tiny_bert, rows, tmp_path):
+    teacher = make("tokens", tiny_bert)
+    one = score_layers(teacher, rows, layers=[2, 4], column="layer_scores_x", dtype="float32", cache_dir=tmp_path)
+    shards = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("shard-*")}
+    two = score_layers(teacher, rows, layers=[4, 2], column="layer_scores_x", dtype="float32", cache_dir=tmp_path)
+    assert shards and shards == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("shard-*")}
+    np.testing.assert_array_equal(one.values_at("layer_scores_x", 3), two.values_at("layer_scores_x", 3))
+    assert one.values_at("layer_scores_x", 3).shape == (len(rows.documents_at(3)), 2)
+    origin = one.metadata["teachers"]["layer_scores_x"]
+    assert origin["layers"] == [2, 4] and origin["weights"] == teacher.weights_fingerprint()
+
+
+def test_columns_of_other_texts_or_weights_are_refused(tiny_bert, rows, tmp_path):
+    teacher = make("dense", tiny_bert)
+    scored = score_layers(teacher, score_rows(teacher, rows, dtype="float32"), layers=[1, 3], dtype="float32")
+    with pytest.raises(InputError, match="made by .* not by the teacher.*Score the rows again"):
+        with torch.no_grad():
+            teacher.backbone.embeddings.word_embeddings.weight.add_(1.0)
+        CachedScores.from_rows("teacher", scored, "scores", model=teacher)
+    with pytest.raises(InputError, match="no column 'scores_other'.*hf-distill score writes one"):
+        CachedScores.from_rows("teacher", scored, "scores_other")
+    scored.metadata["teachers"]["layer_scores_teacher"]["corpus_fingerprint"] = "0" * 16
+    with pytest.raises(InputError, match="was made for other corpus than.*Score the rows again"):
+        CachedScores.from_rows("teacher", scored, "scores", "layer_scores_teacher")
+    scored.metadata["teachers"]["layer_scores_teacher"]["corpus_fingerprint"] = rows.corpus.fingerprint
+    cached = CachedScores.from_rows("teacher", scored, "scores", "layer_scores_teacher")
+    args = arguments(tmp_path, layer_pairing="1:2", num_layer_pairs=None)
+    with pytest.raises(InputError, match="has the layers 1, 3, not 2.*--layers all"):
+        DistillTrainer(student_from("layers:2", make("dense", tiny_bert)), args, [cached], rows=scored)
+    args = arguments(tmp_path, losses='[{"name": "layer_alignment", "candidates": "global"}]')
+    with pytest.raises(InputError, match="cannot score global candidates.*own"):
+        DistillTrainer(student_from("layers:2", make("dense", tiny_bert)), args, [cached], rows=scored)
+    with pytest.raises(InputError, match="has the layers 1 to 4, not 5"):
+        score_layers(teacher, rows, layers=[5])

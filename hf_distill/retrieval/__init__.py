@@ -20,6 +20,7 @@ __getattr__, __dir__, __all__ = attach(
         "bm25": ["bm25_search"],
         "mining": ["MiningOptions", "mine"],
         "score": ["rerank", "score_from_run", "score_rows"],
+        "layer_scores": ["score_layers"],
         "estimate": ["estimate_seconds"],
     },
 )

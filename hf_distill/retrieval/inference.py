@@ -166,7 +166,7 @@ class InferenceModel:
             kind: `"query"` or `"passage"`.
             advance: Called with the number of texts after every batch.
         """
-        return self._run(features, None, lambda chunk: self.model.encode(chunk, kind), advance)
+        return self.run(features, None, lambda chunk: self.model.encode(chunk, kind), advance)
 
     def score(
         self,
@@ -181,7 +181,7 @@ class InferenceModel:
             token_types: Token types, as it returns them too.
             advance: Called with the number of pairs after every batch.
         """
-        return self._run(features, token_types, self.model.score_chunk, advance)
+        return self.run(features, token_types, self.model.score_chunk, advance)
 
     def encode_sparse(
         self, features: Sequence[Sequence[int]], kind: str, advance: Callable[[int], None] | None = None
@@ -206,13 +206,21 @@ class InferenceModel:
                 advance(len(batch))
         return vstack(parts, format="csr")[np.argsort(np.concatenate(order))]
 
-    def _run(
+    def run(
         self,
         features: Sequence[Sequence[int]],
         token_types: Sequence[Sequence[int]] | None,
         forward: Callable[[dict[str, torch.Tensor]], torch.Tensor],
-        advance: Callable[[int], None] | None,
+        advance: Callable[[int], None] | None = None,
     ) -> np.ndarray:
+        """What `forward` gives for every text (or pair), in their order: `float32[n, ...]`.
+
+        Args:
+            features: Token ids.
+            token_types: Token types of pairs, or None.
+            forward: From a padded chunk of n texts to a tensor `[n, ...]`.
+            advance: Called with the number of texts after every batch.
+        """
         result: torch.Tensor | None = None
         for batch, output in self.outputs(features, token_types, forward):
             if result is None:

@@ -83,7 +83,8 @@ def score_rows(
         cache_dir=cache_dir,
     )
     kind = _KINDS[inference.representation]
-    return rows.with_column(column, scores, kind=kind, **model_identity(inference))
+    texts = {"queries_fingerprint": rows.queries.fingerprint, "corpus_fingerprint": rows.corpus.fingerprint}
+    return rows.with_column(column, scores, kind=kind, **texts, **model_identity(inference))
 
 
 def score_from_run(rows: RowSet, run: str | os.PathLike | Run, column: str = "scores") -> RowSet:
