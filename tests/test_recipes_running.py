@@ -208,17 +208,21 @@ RecipeRun(load_recipe({str(path)!r}, overrides=["data={micro}", "pause=0.03"]), 
 
     assert launch(tmp_path / "whole").wait() == 0
     generator, kills = random.Random(5), 0
-    while True:
+    seen, finished = 0, False
+    while not finished:
         process = launch(tmp_path / "killed")
-        try:
-            assert process.wait(timeout=generator.uniform(0.5, 1.2)) == 0, process.stderr.read().decode()
-            break
-        except subprocess.TimeoutExpired:
+        # Killed after some more steps, wherever these are; a loaded machine only takes longer.
+        until = seen + generator.randint(18, 40)
+        while seen < until and not finished:
+            time.sleep(0.02)
+            finished = process.poll() is not None
+            seen = len(list((tmp_path / "killed").glob("stages/*/step-*.json")))
+        if finished:
+            assert process.returncode == 0, process.stderr.read().decode()
+        else:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             kills += 1
-            time.sleep(0.05)
-            assert kills < 30
     assert kills >= 2
     for stage in RECIPE["stages"]:
         for name in ("total.json", "metrics.json"):

@@ -19,6 +19,7 @@ __getattr__, __dir__, __all__ = attach(
         "callbacks": ["ForgettingCallback", "StopAfter"],
         "distill": ["DistillTrainer"],
         "lexmae": ["LexMAEPretrainer"],
+        "progressive": ["Phase", "ProgressiveTrainer"],
         "retrieval": ["RetrievalTrainer"],
         "tele": ["TeleTrainer"],
     },
