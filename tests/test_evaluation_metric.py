@@ -158,3 +158,20 @@ def test_what_a_space_needs_is_there_and_installed():
     assert beside == set(shipped)
     for script in metric_folder().glob("*.py"):
         assert not re.search(r"^\s*(from|import) hf_distill", script.read_text(), re.MULTILINE), script
+
+
+def push_and_load(items_of_run: list[dict], items_of_qrels: list[dict]) -> dict:
+    """In the process that talks to the Hub."""
+    import evaluate
+
+    from hf_distill.hub import Target, push_folder
+
+    pushed = push_folder(metric_folder(), Target("alice/ranking_measures", kind="space"))
+    assert pushed.kind == "space"
+    metric = evaluate.load("alice/ranking_measures", module_type="metric")
+    return metric.compute(predictions=items_of_run, references=items_of_qrels)
+
+
+def test_pushed_as_a_space_it_is_a_metric_by_its_id(hub, hub_client):
+    qrels, run = some_data(4)
+    assert hub_client(push_and_load, items(run, "scores"), items(qrels, "relevances")) == evaluate_run(qrels, run).means
