@@ -112,6 +112,25 @@ def test_the_verbs_give_the_same_weights(straight, tiny_bert, tmp_path):
     assert_equal(weights(tmp_path / "model_2"), weights(tmp_path / "straight"))
 
 
+def test_one_command(straight, tiny_bert, tmp_path, capsys):
+    folder = tmp_path / "command"
+    options = words(
+        data=MICRO, model=tiny_bert, output_dir=folder, episodes=2, max_steps=8, stop_after=4, save_steps=2,
+        use_cpu="true", per_device_train_batch_size=8, num_negatives=3, learning_rate=1e-3, eval_strategy="no",
+        report_to="none", dtype="float32",
+    )  # fmt: skip
+    main(["tele", *options, *MINING])
+    assert_equal(weights(folder), weights(tmp_path / "straight"))
+    figures = json.loads((folder / "metrics.json").read_text())["micro/test"]
+    assert set(figures) == {"bm25", "before", "episode_1", "episode_2"}
+    assert (
+        "ANCE-Tele" in (folder / "README.md").read_text()
+        and "teleportation" in (folder / "README.md").read_text().lower()
+    )
+    manifest = json.loads((folder / "run_manifest.json").read_text())
+    assert manifest["training"]["steps"] == 12 and manifest["data"]["rows"]["provenance"]["teleport"]["episode"] == 2
+
+
 def test_bad_input(tiny_bert, collection, tmp_path):
     with pytest.raises(InputError, match="episode_negatives"):
         episodes(tmp_path / "a", tiny_bert, collection, tmp_path, episode_negatives="3")

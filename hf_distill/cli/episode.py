@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..console import get_logger, is_main_process
 from ..errors import InputError
-from .options import CollectionOptions, EpisodeMiningOptions, IndexOptions
+from .options import CollectionOptions, EpisodeMiningOptions, IndexOptions, PoolsOfEpisodesOptions
 from .parsing import Verb, require
+
+
+if TYPE_CHECKING:
+    from ..data import Queries
+    from ..retrieval.teleport import EpisodeOptions
 
 
 logger = get_logger(__name__)
@@ -25,27 +32,16 @@ def run(data_options: CollectionOptions, options: EpisodeMiningOptions, encode_o
     )
     from ..evaluation.forgetting import positive_ranks, write_ranks
     from ..models import load_model
-    from ..retrieval.teleport import EpisodeOptions, mine_episode
+    from ..retrieval.teleport import mine_episode
     from . import steps
-    from .select import read_answers
 
-    wanted = EpisodeOptions(
-        depth=options.depth,
-        pool_depth=options.pool_depth,
-        query_negatives=options.query_negatives,
-        positive_negatives=options.positive_negatives,
-        momentum=options.momentum,
-        keep_queries=options.keep_queries,
-        seed=options.seed,
-    )
+    wanted = episode_options(options, options.seed)
     data = steps.Data.open(data_options)
     data.train = options.train_split
     collection = data.collection
     qrels = collection.split(options.train_split)
     target = steps.claim_rows(steps.row_folder(data, options.output_dir, f"episode_{options.episode}"))
-    answers = None
-    if options.answers is not None:
-        answers = _by_position(read_answers(options.answers), collection.queries, options.answers)
+    answers = answers_by_position(options.answers, collection.queries)
     queries = steps.sampled_queries(data, options.max_queries, options.seed)
     miner = "bm25" if options.model == "bm25" else load_model(options.model, revision=options.model_revision)
     episode = mine_episode(
@@ -68,10 +64,28 @@ def run(data_options: CollectionOptions, options: EpisodeMiningOptions, encode_o
     logger.info("%s rows written to %s", f"{len(episode.rows):,}", target)
 
 
-def _by_position(answers: dict[str, list[str]], queries, where: str) -> dict[int, list[str]]:
+def episode_options(options: PoolsOfEpisodesOptions, seed: int) -> EpisodeOptions:
+    """The person's wishes as those of [`mine_episode`]."""
+    from ..retrieval.teleport import EpisodeOptions
+
+    names = ("depth", "pool_depth", "query_negatives", "positive_negatives", "momentum", "keep_queries")
+    return EpisodeOptions(**{name: getattr(options, name) for name in names}, seed=seed)
+
+
+def answers_by_position(path: str | None, queries: Queries) -> dict[int, list[str]] | None:
+    """The answers in a file, by the position of their query; those of unknown queries are passed over.
+
+    Raises:
+        InputError: If all are unknown.
+    """
+    from .select import read_answers
+
+    if path is None:
+        return None
+    answers = read_answers(path)
     positions = queries.positions(list(answers))
     if (positions < 0).all():
-        raise InputError("none of its queries is in the collection", where=where, cure="Check the query ids")
+        raise InputError("none of its queries is in the collection", where=path, cure="Check the query ids")
     return {int(position): texts for position, texts in zip(positions, answers.values()) if position >= 0}
 
 

@@ -19,8 +19,11 @@ from .parsing import NOT_PUSHED, exit_with, expanded, parse
 VERBS = {
     "distill": "Train a small student from a strong teacher: mines, scores, trains and evaluates.",
     "train": "Train a bi-encoder or a cross-encoder on labelled rows.",
+    "pretrain": "Pre-train a masked language model for lexical retrieval (LexMAE).",
+    "tele": "Train a bi-encoder in episodes of teleportation negatives (ANCE-Tele).",
     "mine": "Find hard negatives and write them as a row set.",
     "episode": "Mine the teleportation negatives of an episode (ANCE-Tele).",
+    "pool": "Put the negatives of several row sets into one.",
     "score": "Write a teacher's scores into a row set.",
     "select": "Keep the rows whose query satisfies a rule on the ranks of student and teacher.",
     "evaluate": "Measure models, BM25 or runs on a collection.",
@@ -31,10 +34,12 @@ VERBS = {
     "convert": "Turn data in another format into a folder of this project's layout.",
     "push": "Push a model, rows, a collection or a checkpoint to the Hub.",
     "search": "Search a collection with a model.",
+    "explain": "Show the terms that a lexical model sees in a query and a passage.",
+    "export": "Write a lexical model's index for another engine.",
     "demo": "Build the demonstration collection and distil a student on it.",
 }
 # Verbs whose work several processes share; the others run in one.
-SHARED = ("distill", "train", "mine", "episode", "score", "evaluate")
+SHARED = ("distill", "train", "tele", "pretrain", "mine", "episode", "score", "evaluate")
 
 
 def _usage() -> str:

@@ -96,6 +96,20 @@ class ModelOptions:
     template: str | None = _option(None, "How title and text become one string. Default: '{title} {text}'.")
     projection_dim: int | None = _option(None, "Size of a projection after pooling. Default: none.")
     tied: bool | None = _option(None, "One tower for queries and passages (true) or two (false).")
+    pooled_tokens: str | None = _option(
+        None, "Of a lexical model: whose terms count, all tokens', text (no special ones') or inner (not the ends')."
+    )
+    query_terms: int | None = _option(None, "Of a lexical model: keep this many of a query's heaviest terms.")
+    passage_terms: int | None = _option(None, "Of a lexical model: keep this many of a passage's heaviest terms.")
+    new_head: str | None = _option(
+        None, "Of a lexical model: how to start a masked-LM head that the checkpoint lacks, identity or random."
+    )
+    query_expansion: int | None = _option(
+        None, "Of a multi-vector model: fill queries up to this width with [MASK] tokens. Default: query_length."
+    )
+    skip_punctuation: bool | None = _option(
+        None, "Of a multi-vector model: leave punctuation out of passages. Default: as the checkpoint says."
+    )
 
 
 @dataclass
@@ -107,7 +121,9 @@ class TrainOptions:
     model: str | None = _option(None, "Hub id or folder to start from.")
     model_revision: str | None = _option(None, "Its branch, tag or commit.")
     kind: str | None = _option(
-        None, "What is trained. Default: what the checkpoint is.", choices=["dense", "cross_encoder"]
+        None,
+        "What is trained. Default: what the checkpoint is.",
+        choices=["dense", "lexical", "multi_vector", "cross_encoder"],
     )
     layers: str | None = _option(
         None, "Keep only these layers: N (the first), N:last, N:even, or their numbers from 1. Default: all."
@@ -126,8 +142,9 @@ class StudentOptions:
     teacher_revision: str | None = _option(None, "Branch, tag or commit of the (first) teacher.")
     teacher_mode: str = _option(
         "cached",
-        "cached: embeddings or scores are computed once; live: the teacher reads every batch.",
-        choices=["cached", "live"],
+        "cached: embeddings or scores are computed once; live: the teacher reads every batch; joint: it is trained "
+        "along with the student, and saved in teacher/ beside it.",
+        choices=["cached", "live", "joint"],
     )
     teacher_dtype: str = _option("auto", "Precision of the teacher.", choices=["auto", "float32", "bfloat16"])
     student: str | None = _option(
@@ -228,18 +245,11 @@ class MineOptions(PushToOptions):
 
 
 @dataclass
-class EpisodeMiningOptions:
-    """Which episode, with what, and where the pool goes."""
+class PoolsOfEpisodesOptions:
+    """How the pools of episodes are made."""
 
-    _argument_group_name = "episode"
+    _argument_group_name = "pools"
 
-    model: str | None = _option(
-        None, "The miner: the model of the episode before, in the first one the pretrained model; or bm25."
-    )
-    model_revision: str | None = _option(None, "Its branch, tag or commit.")
-    episode: int = _option(1, "Its number, from 1.")
-    previous: str | None = _option(None, "The pool of the episode before, a row set's name or folder, for momentum.")
-    train_split: str = _option("train", "Judgements whose queries get rows.")
     depth: int = _option(200, "Passages retrieved for each query, and for each positive.")
     pool_depth: int | None = _option(None, "Draw from the first so many without positives. Default: from all.")
     query_negatives: int = _option(30, "Drawn from the neighbours of the query.")
@@ -252,6 +262,21 @@ class EpisodeMiningOptions:
         None, 'JSON lines {"query_id": ..., "answers": [...]}: passages with an answer are no negatives.'
     )
     max_queries: int | None = _option(None, "Use this many training queries, a seeded sample. Default: all.")
+
+
+@dataclass
+class EpisodeMiningOptions(PoolsOfEpisodesOptions):
+    """Which episode, with what, and where the pool goes."""
+
+    _argument_group_name = "episode"
+
+    model: str | None = _option(
+        None, "The miner: the model of the episode before, in the first one the pretrained model; or bm25."
+    )
+    model_revision: str | None = _option(None, "Its branch, tag or commit.")
+    episode: int = _option(1, "Its number, from 1.")
+    previous: str | None = _option(None, "The pool of the episode before, a row set's name or folder, for momentum.")
+    train_split: str = _option("train", "Judgements whose queries get rows.")
     seed: int = _option(42, "Of the draws.")
     output_dir: str | None = _option(None, "Folder of the pool.")
 
@@ -283,6 +308,11 @@ class ScoreOptions(PushToOptions):
     run: str | None = _option(None, "Take the scores from this TREC run instead.")
     rows: str | None = _option(None, "The row set: a name in the collection, or a folder.")
     column: str = _option("scores", "Column to write: scores (the primary teacher's) or scores_NAME.")
+    layers: str | None = _option(
+        None,
+        "Also write the scores of these layers, all or numbers from 1 such as 2,4,6, as the column layer_scores_NAME "
+        "(layer_scores_teacher of the primary teacher).",
+    )
     output_dir: str | None = _option(None, "Folder for the scored rows. Default: the row set's own.")
 
 
@@ -448,3 +478,73 @@ class ConvertOptions:
     cache_dir: str | None = _option(
         None, "Where scores and lines that have to be ordered are kept. Default: beside the output, until it is done."
     )
+
+
+@dataclass
+class PretrainOptions:
+    """What to pre-train, and on which texts."""
+
+    _argument_group_name = "pre-training"
+
+    model: str | None = _option(None, "Hub id or folder of a masked language model.")
+    model_revision: str | None = _option(None, "Its branch, tag or commit.")
+    fresh: bool = _option(False, "Start all weights anew; only configuration and tokenizer are read.")
+    new_head: str | None = _option(
+        None, "How to start a masked-LM head that the checkpoint lacks.", choices=["identity", "random"]
+    )
+    decoder_layers: int = _option(2, "Layers of the decoder; 0 for plain masked language modelling.")
+    bottleneck: str = _option(
+        "softmax", "What the decoder is given of a text.", choices=["softmax", "saturated", "cls"]
+    )
+    passage_length: int | None = _option(None, "Longest text, in tokens. Default: 144, or what the model reads.")
+    template: str | None = _option(None, "How title and text become one string. Default: '{title} {text}'.")
+    stream: str | None = _option(
+        None, "Read texts in order, not a collection: a data set of the Hub, or files (*.jsonl, *.parquet, *.txt)."
+    )
+    stream_config: str | None = _option(None, "The data set's configuration.")
+    stream_split: str = _option("train", "The data set's split.")
+    stream_column: str = _option("text", "The column of texts; a column title is read too.")
+    stream_buffer: int = _option(10_000, "Streamed texts that are shuffled together.")
+
+
+@dataclass
+class PoolsOptions:
+    """Row sets whose negatives are put one after another."""
+
+    _argument_group_name = "row sets"
+
+    rows: list[str] | None = _option(None, "Names or folders of row sets; queries and positives are the first one's.")
+    duplicates: bool = _option(
+        True, "Keep a negative once for each source that has it, so that it is drawn that much more often."
+    )
+    name: str | None = _option(None, "Name of the row set. Default: that of its folder.")
+    output_dir: str | None = _option(None, "Folder of the row set.")
+
+
+@dataclass
+class ExplainOptions:
+    """What a lexical model sees in texts."""
+
+    _argument_group_name = "explanation"
+
+    model: str | None = _option(None, "Hub id or folder of a lexical model.")
+    query: str | None = _option(None, "The question.")
+    passage: str | None = _option(None, "A passage. Default: the best of the collection (--data).")
+    top: int = _option(15, "Terms to show of each.")
+    output_dir: str | None = _option(None, "Folder for terms.png and terms.json.")
+
+
+@dataclass
+class ExportOptions:
+    """An index for another engine."""
+
+    _argument_group_name = "export"
+
+    model: str | None = _option(None, "Hub id or folder of a lexical model.")
+    format: str = _option(
+        "anserini",
+        "anserini (JSON vectors and topics, also Pyserini) or ciff (PISA, JASS, ...).",
+        choices=["anserini", "ciff"],
+    )
+    scale: int = _option(100, "What weights are multiplied by before they are rounded.")
+    output_dir: str | None = _option(None, "Folder of the files.")

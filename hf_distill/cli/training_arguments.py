@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..trainers.arguments import DistillTrainingArguments, RetrievalTrainingArguments
+from ..trainers.arguments import (
+    DistillTrainingArguments,
+    LexMAETrainingArguments,
+    RetrievalTrainingArguments,
+    TeleTrainingArguments,
+)
 
 
 @dataclass
@@ -39,5 +44,24 @@ class TrainArguments(_CommandLineDefaults, RetrievalTrainingArguments):
 
 
 @dataclass
+class TeleArguments(_CommandLineDefaults, TeleTrainingArguments):
+    """What `hf-distill tele` parses."""
+
+
+@dataclass
 class DistillArguments(_CommandLineDefaults, DistillTrainingArguments):
     """What `hf-distill distill` parses."""
+
+
+@dataclass
+class PretrainArguments(LexMAETrainingArguments):
+    """What `hf-distill pretrain` parses."""
+
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the texts."})
+    save_strategy: str = field(default="steps", metadata={"help": "Save checkpoints: steps, epoch or no."})
+    save_steps: float = field(default=0.25, metadata={"help": "How often: steps, or below 1 a share of all."})
+
+    def __post_init__(self) -> None:
+        if str(self.save_strategy).lower() == "false":
+            self.save_strategy = "no"  # What a bare `no` is in YAML.
+        super().__post_init__()

@@ -115,13 +115,17 @@ class TeleTrainer(RetrievalTrainer):
             )
             episodes.append(mined)
             miner = self._train_episode(number, mined.rows)
-        self._take_over(miner)
+        self._take_over(miner, episodes[-1].rows)
         self.save_model(_internal_call=True)
         return self._report(episodes, miner)
 
     def folder_of(self, number: int) -> Path:
         """Where an episode lies."""
         return Path(self.args.output_dir) / f"episode_{number}"
+
+    def model_of(self, number: int) -> RetrievalModel:
+        """The model that a finished episode trained."""
+        return load_model(self.folder_of(number))
 
     def _train_episode(self, number: int, rows: RowSet) -> RetrievalModel:
         folder = self.folder_of(number)
@@ -136,7 +140,7 @@ class TeleTrainer(RetrievalTrainer):
                     cure="Choose another output folder, or remove this one",
                 )
             logger.info("episode %d is finished", number)
-            return load_model(folder)
+            return self.model_of(number)
         if is_main_process() and not folder.exists():
             rows.save(folder / "pool")
         wait_for_everyone()
@@ -146,14 +150,13 @@ class TeleTrainer(RetrievalTrainer):
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
         trainer.save_model(_internal_call=True)
         trainer.write_history()
-        self.state.log_history += [{**entry, "episode": number} for entry in trainer.state.log_history]
         if is_main_process():
             write_json(done, {"key": key, "steps": trainer.state.global_step})
         wait_for_everyone()
         del trainer
         gc.collect()
-        # What every later process will find, whether it trained the episode or not.
-        return load_model(folder)
+        # What a later start will find, which does not train the episode again.
+        return self.model_of(number)
 
     def _episode_arguments(self, number: int, folder: Path) -> TeleTrainingArguments:
         args = copy.copy(self.args)
@@ -168,8 +171,17 @@ class TeleTrainer(RetrievalTrainer):
         settings = {name: value for name, value in args.to_dict().items() if name not in NOT_OF_THE_RUN}
         return fingerprint([settings, rows.fingerprint, self._start.weights_fingerprint(), args.world_size])
 
-    def _take_over(self, model: RetrievalModel) -> None:
+    def _take_over(self, model: RetrievalModel, rows: RowSet) -> None:
+        """Makes the last episode's model, rows, steps and log this trainer's own."""
         self.accelerator.unwrap_model(self.model).load_state_dict(model.state_dict())
+        self.rows = rows
+        steps, history = 0, []
+        for number in range(1, self.args.episodes + 1):
+            folder = self.folder_of(number)
+            log = read_json(folder / "history.json")
+            history += [{**entry, "step": steps + entry["step"], "episode": number} for entry in log]
+            steps += read_json(folder / DONE_FILE)["steps"]
+        self.state.global_step, self.state.log_history = steps, history
 
     def _report(self, episodes: list[Episode], last: RetrievalModel) -> list[Change]:
         qrels = self.collection.split(self.split)

@@ -1,0 +1,100 @@
+"""`hf-distill tele`: episodes of mining and training, in one process (group)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .episode import answers_by_position, episode_options
+from .options import DataOptions, IndexOptions, ModelOptions, PoolsOfEpisodesOptions, TrainOptions
+from .parsing import Verb, require
+
+
+def _arguments() -> tuple[type, ...]:
+    from .training_arguments import TeleArguments
+
+    return (DataOptions, TrainOptions, PoolsOfEpisodesOptions, ModelOptions, IndexOptions, TeleArguments)
+
+
+def run(
+    data_options: DataOptions,
+    options: TrainOptions,
+    pool_options: PoolsOfEpisodesOptions,
+    model_options: ModelOptions,
+    encode_options: IndexOptions,
+    args: Any,
+) -> None:
+    """Trains all episodes, evaluates, and writes the native checkpoint with its card."""
+    require(
+        "tele",
+        data=(data_options.data, "the collection, a folder or Hub id"),
+        model=(options.model, "the pretrained model that every episode starts from, a Hub id or folder"),
+        output_dir=(args.output_dir, "where the episodes and the model go"),
+    )
+    from ..distributed import engine_of
+    from ..trainers import About, TeleTrainer
+    from . import publishing, steps
+    from .reporting import Report
+
+    data = steps.Data.open(data_options)
+    collection = data.collection
+    model = steps.open_model(
+        options.model, options.kind or "dense", options.model_revision, model_options, args.seed, layers=options.layers
+    )
+    settings = steps.settings_of(
+        data_options,
+        options,
+        pool_options,
+        model_options,
+        encode_options,
+        args,
+        processes=args.world_size,
+        engine=engine_of(args),
+        data_fingerprint=collection.fingerprints,
+        start_weights=model.weights_fingerprint(),
+    )
+    folder = steps.claim_output(args.output_dir, settings)
+    publishing.check_push(args)
+    encode = steps.encode_settings(encode_options, data_options)
+    report = Report(
+        folder, data, encode, measures=args.eval_measures, depth=args.eval_depth, index=encode_options.index
+    )
+    report.bm25()
+    report.model("before", model)
+    trainer = TeleTrainer(
+        model,
+        args,
+        collection,
+        data.train,
+        episode=episode_options(pool_options, args.seed),
+        evaluation=steps.evaluation_for(data, args, model),
+        answers=answers_by_position(pool_options.answers, collection.queries),
+        query_positions=steps.sampled_queries(data, pool_options.max_queries, args.seed),
+        retrieval={"factory": encode_options.index, **encode},
+    )
+    summary = f"`{options.model}`, trained on *{collection.name}* in {args.episodes} episodes (ANCE-Tele)."
+    trainer.about = About(summary, [options.model], [collection.source])
+    trainer.train()
+    trainer.write_history()
+    for number in range(1, args.episodes + 1):
+        report.model(f"episode_{number}", trainer.model_of(number))
+    report.finish(
+        trainer,
+        trainer.whole_model(),
+        trainer.rows,
+        system=f"episode_{args.episodes}",
+        summary=summary,
+        settings=settings,
+        base_models=[options.model],
+    )
+    publishing.publish(trainer)
+
+
+VERB = Verb(
+    "tele",
+    "Train a bi-encoder in episodes of teleportation negatives (ANCE-Tele).",
+    (DataOptions, TrainOptions, PoolsOfEpisodesOptions, ModelOptions, IndexOptions),
+    run,
+    _arguments,
+    "hf-distill tele --data my_collection --model Luyu/co-condenser-marco --stop_after 20000 "
+    "--output_dir outputs/tele",
+)
