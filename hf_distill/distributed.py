@@ -136,19 +136,29 @@ def check_launch(args: Any) -> None:
         )
     if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
         _check_fsdp(args)
-    plugin = args.deepspeed_plugin
-    if plugin is not None and os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+    if args.deepspeed_plugin is not None:
+        _check_deepspeed(args.deepspeed_plugin)
+
+
+def _check_deepspeed(plugin: Any) -> None:
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
         raise InputError(
             "with ACCELERATE_USE_CPU (use_cpu in a configuration) accelerate would leave out DeepSpeed and not say so",
             where="launch",
-            cure=f"Type hf-distill --launch zero{plugin.zero_stage}:{max(launched, 2)} VERB ...",
+            cure=f"Type hf-distill --launch zero{plugin.zero_stage}:{max(launched_processes(), 2)} VERB ...",
         )
-    if plugin is not None and plugin.zero_stage == 3 and not plugin.zero3_save_16bit_model:
+    if plugin.zero_stage == 3 and not plugin.zero3_save_16bit_model:
         raise InputError(
             "ZeRO-3 would leave the weights in pieces, and no model could be saved",
             where="launch",
             cure="Set stage3_gather_16bit_weights_on_model_save (zero3_save_16bit_model in a configuration of "
             "accelerate) to true, or type hf-distill --launch zero3 VERB ...",
+        )
+    if not torch.distributed.is_initialized():
+        raise InputError(
+            "DeepSpeed needs a launcher, also for one process",
+            where="launch",
+            cure=f"Type hf-distill --launch zero{plugin.zero_stage}:1 VERB ..., or torchrun --nproc_per_node 1 ...",
         )
 
 

@@ -104,7 +104,7 @@ def test_processes_are_as_many_as_asked_for_or_as_there_are_gpus(typed, gpus, pr
     assert args.num_processes == processes
     assert args.training_script_args == ["train", "--data", "x"]
     assert (args.training_script, args.module) == ("hf_distill", True)
-    assert environment["HF_DISTILL_LAUNCH"] == f"--launch {typed.split()[0]}".replace("cpu:3", "multi_cpu:3")
+    assert environment["HF_DISTILL_LAUNCH"] == f"--launch {typed}".replace("cpu:3", "multi_cpu:3")
     on_cpu = "cpu" in typed
     assert (environment.get("ACCELERATE_USE_CPU"), environment.get("CUDA_VISIBLE_DEVICES")) == (
         ("true", "") if on_cpu else (None, None)
@@ -189,6 +189,7 @@ def test_one_process_where_several_were_asked_for_is_refused(environment):
         ({"deepspeed_plugin": SimpleNamespace(zero_stage=3, zero3_save_16bit_model=False)}, {},
          "stage3_gather_16bit_weights_on_model_save"),
         ({"deepspeed_plugin": SimpleNamespace(zero_stage=2)}, {"ACCELERATE_USE_CPU": "true"}, "--launch zero2:2"),
+        ({"deepspeed_plugin": SimpleNamespace(zero_stage=2)}, {}, "DeepSpeed needs a launcher"),
     ],
 )  # fmt: skip
 def test_a_training_that_would_silently_be_another_one_is_refused(changes, variables, message, environment):
@@ -202,6 +203,7 @@ def test_a_training_that_would_silently_be_another_one_is_refused(changes, varia
 def test_good_launches_pass(environment):
     zero3 = SimpleNamespace(zero_stage=3, zero3_save_16bit_model=True)
     check_launch(arguments())
+    environment.setattr(torch.distributed, "is_initialized", lambda: True)
     check_launch(arguments(deepspeed_plugin=zero3, world_size=2))
     full = {"state_dict_type": "FULL_STATE_DICT"}
     check_launch(arguments(fsdp=True, device=torch.device("cuda"), fsdp_plugin_args=full))

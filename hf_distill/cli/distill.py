@@ -453,6 +453,7 @@ def run(
     options: StudentOptions,
     row_options: RowOptions,
     model_options: ModelOptions,
+            self.student,
     encode_options: IndexOptions,
     args: Any,
 ) -> None:

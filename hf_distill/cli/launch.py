@@ -142,7 +142,7 @@ def prepare(launch: Launch, gpus: int) -> tuple[Any, dict[str, str]]:
     config = _read_config(launch)
     kind = str(config.get("distributed_type", "NO"))
     on_cpu = bool(config.get("use_cpu", False))
-    environment: dict[str, str] = {"HF_DISTILL_LAUNCH": launch.words}
+    environment: dict[str, str] = {"HF_DISTILL_LAUNCH": " ".join([launch.words, *launch.options])}
     command = ["--config_file", str(launch.path()), *launch.options, "--module", "hf_distill", launch.verb]
     args = _parse(launch_command_parser(), [*command, *launch.arguments], launch)
     if args.cpu:
@@ -244,7 +244,7 @@ def run_launch(launch: Launch) -> NoReturn:
         raise SystemExit(error.returncode if error.returncode > 0 else 1) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode != 2:  # with 2 a process has said itself what is to be mended
+        if failure.exitcode not in (2, 3):  # with these a process has said itself what is wrong
             sys.stderr.write(f"error: process {rank} {_ending(failure.exitcode)}; all others were ended.\n")
         raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
     except SignalException as error:

@@ -151,6 +151,7 @@ class Report:
     def finish(
         self,
         trainer: BaseTrainer,
+        model: RetrievalModel,
         rows: RowSet,
         *,
         system: str,
@@ -160,7 +161,19 @@ class Report:
         teachers: Sequence[Mapping[str, Any]] = (),
         reading: str = "",
     ) -> None:
-        """Writes plots, manifest and card of a training run, and prints the table."""
+        """Writes plots, manifest and card of a training run, and prints the table.
+
+        Args:
+            trainer: Has trained.
+            model: What came of it, whole.
+            rows: On what.
+            system: Its name in the table.
+            summary: One sentence for the card.
+            settings: The run's.
+            base_models: What it started from.
+            teachers: What they say of themselves.
+            reading: A sentence on how to read the table.
+        """
         self.show()
         if not is_main_process():
             return
@@ -189,7 +202,7 @@ class Report:
             self.folder,
             title=self.folder.name,
             summary=summary,
-            kind=getattr(trainer.accelerator.unwrap_model(trainer.model), "representation", "dense"),
+            kind=getattr(model, "representation", "dense"),
             results=f"On `{self.dataset}`:\n\n{markdown_table(self.results, self.measures)}"
             if measured
             else "Nothing.",
@@ -215,10 +228,7 @@ class Report:
             },
             models={
                 "start": list(base_models),
-                "student": {
-                    "weights": trainer.accelerator.unwrap_model(trainer.model).weights_fingerprint(),
-                    **model_figures(trainer.model),
-                },
+                "student": {"weights": model.weights_fingerprint(), **model_figures(model)},
                 "teachers": list(teachers),
             },
             training={

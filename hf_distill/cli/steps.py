@@ -185,10 +185,12 @@ def finish_training(trainer: BaseTrainer) -> RetrievalModel:
         The trained model, whole also where an engine has divided its weights over processes.
     """
     checkpoint = last_complete_checkpoint(trainer.args.output_dir) or trainer.args.resume_from_checkpoint
+    from ..models.joint import student_of
+
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(_internal_call=True)  # pushed when card and figures lie beside it
     trainer.write_history()
-    return trainer.whole_model()
+    return student_of(trainer.whole_model())
 
 
 def encode_settings(options: EncodeOptions, data: CollectionOptions) -> dict[str, Any]:

@@ -77,6 +77,7 @@ def run(
     report.model("trained", model)
     report.finish(
         trainer,
+        model,
         rows,
         system="trained",
         summary=summary,

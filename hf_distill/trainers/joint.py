@@ -10,6 +10,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
+from ..distributed import engine_of
 from ..errors import InputError
 from ..models.base import RetrievalModel
 from ..models.joint import JointModel
@@ -37,14 +38,14 @@ class JointTraining:
                 where="teachers",
                 cure="Train one; freeze the others",
             )
-        for engine, given in (("DeepSpeed", args.deepspeed), ("FSDP", args.fsdp)):
-            if given:
-                raise InputError(
-                    f"student and teacher cannot be trained together under {engine}",
-                    where="teachers",
-                    cure="Use plain data parallelism (accelerate launch --multi_gpu), or freeze the teacher "
-                    "(--teacher_mode live or cached)",
-                )
+        engine = engine_of(args)
+        if engine is not None:
+            raise InputError(
+                f"student and teacher cannot be trained together under {'FSDP' if engine == 'fsdp' else 'DeepSpeed'}",
+                where="teachers",
+                cure="Use plain data parallelism (hf-distill --launch multi_gpu, accelerate launch --multi_gpu), or "
+                "freeze the teacher (--teacher_mode live or cached)",
+            )
 
     def trained_module(self, model: RetrievalModel) -> torch.nn.Module:
         return model if self.joint is None else JointModel(model, self.joint.model)
