@@ -18,6 +18,7 @@ from .parsing import NOT_PUSHED, exit_with, expanded, parse
 
 VERBS = {
     "distill": "Train a small student from a strong teacher: mines, scores, trains and evaluates.",
+    "progressive": "Train one student in phases, each with its own teacher, data, losses and schedule.",
     "train": "Train a bi-encoder or a cross-encoder on labelled rows.",
     "pretrain": "Pre-train a masked language model for lexical retrieval (LexMAE).",
     "tele": "Train a bi-encoder in episodes of teleportation negatives (ANCE-Tele).",
@@ -39,11 +40,11 @@ VERBS = {
     "demo": "Build the demonstration collection and distil a student on it.",
 }
 # Verbs whose work several processes share; the others run in one.
-SHARED = ("distill", "train", "tele", "pretrain", "mine", "episode", "score", "evaluate")
+SHARED = ("distill", "progressive", "train", "tele", "pretrain", "mine", "episode", "score", "evaluate")
 
 
 def _usage() -> str:
-    lines = "\n".join(f"  {name:<10}{summary}" for name, summary in VERBS.items())
+    lines = "\n".join(f"  {name:<12}{summary}" for name, summary in VERBS.items())
     usage = "usage: hf-distill [--launch NAME] VERB [--config FILE.yaml] [--field value ...]"
     launch = "--launch starts several processes or a sharded engine; hf-distill --launch list shows the names."
     return f"{usage}\n\n{lines}\n\nhf-distill VERB --help says more.\n{launch}\n"

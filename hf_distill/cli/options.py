@@ -159,6 +159,21 @@ class StudentOptions:
 
 
 @dataclass
+class ProgressiveOptions:
+    """The student, and the phases of its training."""
+
+    _argument_group_name = "student and phases"
+
+    student: str | None = _option(None, "A Hub id or folder.")
+    student_revision: str | None = _option(None, "Its branch, tag or commit.")
+    phases: str | None = _option(
+        None,
+        "The phases in their order, a list in YAML or JSON: each has a name, a teacher, and whatever it sets otherwise "
+        "than the run, any field of distill: rows, mine_with, losses, max_steps, learning_rate, num_negatives ...",
+    )
+
+
+@dataclass
 class EncodeOptions:
     """How models are run outside training."""
 
