@@ -191,20 +191,29 @@ def test_two_processes_leave_the_same_bytes(model, tmp_path, micro):
     script.write_text(
         "import sys\n"
         "from hf_distill.data import load_collection\n"
+        "from hf_distill.distributed import join, leave, world_size\n"
         "from hf_distill.models import load_model\n"
         "from hf_distill.retrieval import search\n"
+        "join()\n"
+        "assert world_size() == int(sys.argv[4])\n"
         "data = load_collection(sys.argv[1])\n"
         "run = search(load_model(sys.argv[2]), data, None, 5, dtype='float32', cache_dir=sys.argv[3], device='cpu')\n"
+        "leave()\n"
     )
     model.save_pretrained(tmp_path / "model")
     for processes in (1, 2):
         command = [sys.executable, str(script)]
         if processes > 1:
             command = [
-                sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines",
-                "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(script),
-            ]  # fmt: skip
-        words = [str(micro), str(tmp_path / "model"), str(tmp_path / f"cache-{processes}")]
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node",
+                "2",
+                str(script),
+            ]
+        words = [str(micro), str(tmp_path / "model"), str(tmp_path / f"cache-{processes}"), str(processes)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
         done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
