@@ -31,6 +31,7 @@ QUICK = {
     "mining": ["--passages", "500", "--queries", "100", "--rounds", "1", "--warm", "1", "--batch", "32"]
     + ["--vectors", "70000,140000"],
     "distillation": ["--batch", "8", "--steps", "1", "--rounds", "3"],
+    "conversion": ["--passages", "100000", "--rounds", "3"],
 }
 PACKAGES = ("hf_distill", "torch", "transformers", "sentence-transformers", "tokenizers", "faiss-cpu", "numpy")
 

@@ -270,13 +270,14 @@ def test_bad_rows_name_their_place(tmp_path):
 
 MEMORY = """
 import sys
-from hf_distill.data import lines
+from hf_distill.data import lines, readers
 from hf_distill.data.formats import grouping
 from hf_distill.data.formats.conversion import convert, working_folder
 from hf_distill.data.formats.opening import open_inputs
 
 lines._BLOCK_BYTES = 2**19
-grouping._BUCKET_BYTES = 2**19
+readers.BLOCK_ROWS = 256
+grouping._BUCKET_BYTES, grouping._LINES = 2**17, 4096
 convert(open_inputs([sys.argv[1]], cache_dir=working_folder(sys.argv[2]) / ".cache"), sys.argv[2])
 assert "torch" not in sys.modules
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
@@ -288,14 +289,16 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
 def test_memory_does_not_grow_with_the_input(tmp_path, kind):
     def line(number: int) -> str:
         if kind == "collection.tsv":
-            return f"{number}\t{number} {'word ' * 60}\n"
+            return f"{number}\t{number} {'word ' * 200}\n"
         if kind == "triples.tsv":
             return f"q{number * 7919 % 5000}\tpositive {number % 97}\t{number}\n".replace("positive ", "p")
-        passage = [{"docid": str(number), "title": "", "text": f"{number} {'word ' * 60}"}]
+        passage = [{"docid": str(number), "title": "", "text": f"{number} {'word ' * 200}"}]
         return json.dumps({"query_id": number, "query": "q", "positive_passages": passage}) + "\n"
 
+    # Arrow's own allocator keeps what was freed for later, more of it on a busy machine.
+    environment = {"HF_DISTILL_PROGRESS": "0", "OMP_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
     peaks = []
-    size = {"collection.tsv": 15_000, "train.jsonl.gz": 4_000, "triples.tsv": 60_000}[kind]
+    size = {"collection.tsv": 12_000, "train.jsonl.gz": 3_000, "triples.tsv": 40_000}[kind]
     for factor in (1, 4):
         folder = tmp_path / str(factor)
         folder.mkdir()
@@ -303,9 +306,9 @@ def test_memory_does_not_grow_with_the_input(tmp_path, kind):
         (folder / kind).write_bytes(gzip.compress(text, 1) if kind.endswith(".gz") else text)
         output = subprocess.run(
             [sys.executable, "-c", MEMORY, str(folder), str(tmp_path / f"out{factor}")],
-            capture_output=True, text=True, env={**os.environ, "HF_DISTILL_PROGRESS": "0", "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, env={**os.environ, **environment},
         )  # fmt: skip
         assert output.returncode == 0, output.stderr
         peaks.append(int(output.stdout) / 1024)
-    # Three times as much text would be 14 MiB and more; identifiers take 16 bytes each, twice while they are merged.
-    assert peaks[1] - peaks[0] < 10, peaks
+    # Three times as much text would be 36 MiB (9 and 2 of the other two) and more, in several copies.
+    assert peaks[1] - peaks[0] < 12, peaks

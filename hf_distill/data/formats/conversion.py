@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -337,10 +338,17 @@ def _write_file(path: Path, tables: _Limited, advance: Callable[[int], Any]) -> 
         with (
             atomic_path(path) as temporary,
             pq.ParquetWriter(temporary, tables.schema, compression="zstd") as writer,
+            ThreadPoolExecutor(max_workers=1) as pool,
         ):
+            # One block is compressed while the next one is read.
+            writing = None
             for table in tables:
-                writer.write_table(table)
+                if writing is not None:
+                    writing.result()
+                writing = pool.submit(writer.write_table, table)
                 advance(table.num_rows)
+            if writing is not None:
+                writing.result()
     except OSError as error:
         raise InputError(
             f"cannot be written ({error.strerror or error})",
