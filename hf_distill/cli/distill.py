@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,24 +37,45 @@ class TeacherSpec:
     origin: str
     model: RetrievalModel | None = None
     column: str | None = None
+    mode: str = "cached"
+    teaches_layers: bool = False
 
     @property
     def is_ranker(self) -> bool:
-        from ..models import CrossEncoderRanker
+        return self.model is not None and self.model.representation == "pair"
 
-        return isinstance(self.model, CrossEncoderRanker)
+    @property
+    def is_joint(self) -> bool:
+        """Whether it is trained along."""
+        return self.mode == "joint" and self.model is not None
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether its scores are columns of the row set; a bi-encoder's are made from cached embeddings else."""
+        kinds = ("pair", "tokens")
+        return self.model is None or (
+            self.mode == "cached" and (self.teaches_layers or self.model.representation in kinds)
+        )
 
     @property
     def candidate_sets(self) -> tuple[str, ...]:
         """The candidates that it can score, see [`Teacher`]."""
-        from ..models.candidates import CANDIDATES
-
-        return ("own",) if self.model is None or self.is_ranker else CANDIDATES
+        return ("own",) if self.in_rows else self.model.candidate_sets
 
     @property
     def embedding_size(self) -> int | None:
         """Width of its embeddings; None if it has none."""
-        return None if self.model is None or self.is_ranker else self.model.embedding_size
+        return None if self.model is None else self.model.embedding_size
+
+    @property
+    def num_layers(self) -> int | None:
+        """How many layers it has; None where it is only a column."""
+        return None if self.model is None else self.model.num_layers
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Raises [`InputError`] for layers that the model does not have; a column is looked at later."""
+        if self.model is not None:
+            self.model.check_layers(layers)
 
 
 class Distillation:
@@ -78,6 +100,7 @@ class Distillation:
         self.encode = steps.encode_settings(encode_options, data_options)
         self.teachers = [self._open_teacher(number, origin) for number, origin in enumerate(options.teacher)]
         self.student = self._open_student(steps.model_overrides(model_options))
+        self._check_layers()
         steps.check_training(
             self.data,
             row_options,
@@ -122,11 +145,34 @@ class Distillation:
         if origin.startswith("column:"):
             return TeacherSpec(name, origin, column=origin.removeprefix("column:"))
         revision = self.options.teacher_revision if number == 0 else None
-        return TeacherSpec(name, origin, load_model(origin, revision=revision))
+        return TeacherSpec(name, origin, load_model(origin, revision=revision), mode=self.options.teacher_mode)
+
+    def _check_layers(self) -> None:
+        """Notes the teachers whose layers teach; refuses layers that are not there before anything is begun."""
+        from ..losses.combine import parse_terms
+        from ..trainers.base import read_losses
+        from ..trainers.layers import LayerTerms, compares_layers
+        from ..trainers.methods import method_losses
+
+        args, primary = self.args, self.teachers[0]
+        if args.losses is not None:
+            terms = read_losses(args.losses)
+        else:
+            terms = parse_terms(method_losses(args.method or ("lead" if primary.is_joint else "response"), "own"))
+        by_name = {None: primary, **{spec.name: spec for spec in self.teachers}}
+        following = {
+            label: by_name[term.teacher]
+            for label, term in terms.items()
+            if compares_layers(term) and term.teacher in by_name
+        }
+        for spec in following.values():
+            spec.teaches_layers = True
+        known = {label: terms[label] for label, spec in following.items() if spec.model is not None}
+        LayerTerms(known, lambda term: by_name[term.teacher], self.student, args)
 
     def _check_streamed_teachers(self) -> None:
         for spec in self.teachers:
-            if spec.is_ranker:
+            if spec.model is not None and spec.in_rows:
                 raise InputError(
                     f"the scores of {spec.origin} cannot be added to rows that are streamed",
                     where="--streaming",
@@ -137,7 +183,7 @@ class Distillation:
     def _open_student(self, overrides: dict[str, Any]) -> RetrievalModel:
         from transformers import set_seed
 
-        from ..models import CrossEncoderRanker, student_from
+        from ..models import student_from
 
         set_seed(self.args.seed)  # of a new projection, which has to be the same when the run goes on later
         retriever = next((spec.model for spec in self.teachers if spec.model and not spec.is_ranker), None)
@@ -149,7 +195,7 @@ class Distillation:
             )
         if not self.options.student.startswith("layers:"):
             student = student_from(self.options.student, revision=self.options.student_revision, **overrides)
-            if isinstance(student, CrossEncoderRanker):
+            if student.representation == "pair":
                 raise InputError(
                     f"{self.options.student} is a cross-encoder, which cannot search",
                     where="--student",
@@ -276,29 +322,27 @@ class Distillation:
 
     def prepare_teachers(self, rows: RowSet) -> tuple[RowSet, list[Teacher]]:
         """Caches what the teachers have to say about the rows, and wraps them for the trainer."""
-        from ..retrieval import encode_table, score_rows
-        from ..teachers import CachedEmbeddings, CachedScores, LiveTeacher
+        from ..retrieval import encode_table, score_layers, score_rows
+        from ..teachers import CachedEmbeddings, CachedScores, JointTeacher, LiveTeacher
+        from .score import layer_column
 
         encode = {**self.encode, "dtype": self.options.teacher_dtype}
         teachers: list[Teacher] = []
         for number, spec in enumerate(self.teachers):
             column = "scores" if number == 0 else f"scores_{spec.name}"
+            of_layers = layer_column(spec.column or column) if spec.teaches_layers else None
             if spec.column is not None:
-                if spec.column not in rows.score_columns:
-                    raise InputError(
-                        f"the rows have no column {spec.column!r}",
-                        where="--teacher",
-                        cure=f"Their columns of scores are: {', '.join(rows.score_columns) or 'none'}",
-                    )
-                teachers.append(
-                    CachedScores(spec.name, spec.column, rows.metadata.get("teachers", {}).get(spec.column))
-                )
+                teachers.append(CachedScores.from_rows(spec.name, rows, spec.column, of_layers))
+            elif spec.is_joint:
+                teachers.append(JointTeacher(spec.name, spec.model))
             elif self.options.teacher_mode == "live":
                 teachers.append(LiveTeacher(spec.name, spec.model))
-            elif spec.is_ranker:
+            elif spec.in_rows:
                 settings = {name: value for name, value in encode.items() if name != "storage"}
                 rows = score_rows(spec.model, rows, column=column, **settings)
-                teachers.append(CachedScores(spec.name, column, {"model": spec.origin}))
+                if of_layers is not None:
+                    rows = score_layers(spec.model, rows, column=of_layers, **settings)
+                teachers.append(CachedScores.from_rows(spec.name, rows, column, of_layers, model=spec.model))
             else:
                 stores = [
                     encode_table(spec.model, table, kind, **encode)
@@ -409,6 +453,7 @@ class Distillation:
         self.report.model("student", self.student)
         self.report.finish(
             trainer,
+            self.student,
             rows,
             system="student",
             summary=self._summary(),
@@ -453,7 +498,6 @@ def run(
     options: StudentOptions,
     row_options: RowOptions,
     model_options: ModelOptions,
-            self.student,
     encode_options: IndexOptions,
     args: Any,
 ) -> None:

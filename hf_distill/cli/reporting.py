@@ -81,19 +81,18 @@ class Report:
         """Measures a model: a bi-encoder searches, a cross-encoder re-ranks `rerank` (by default BM25's results)."""
         if self.data.test is None:
             return
-        from ..models import CrossEncoderRanker
         from ..retrieval import rerank as rerank_run
         from ..retrieval import search
 
-        if isinstance(model, CrossEncoderRanker):
+        if model.representation == "pair":
             candidates = (rerank if rerank is not None else self.bm25_run()).cut(self.depth)
             run = rerank_run(model, candidates, self.data.collection, **self._score_settings())
             figures = model_figures(model)
         else:
             run = search(model, self.data.collection, self.queries, self.depth, factory=self.index, **self.encode)
             figures = {**model_figures(model), "passages_per_second": self.speed(model)}
-            width = {"float16": 2}.get(self.encode.get("storage", ""), 4)
-            figures["index_bytes"] = len(self.data.collection.corpus) * model.embedding_size * width
+            if model.embedding_size is not None:
+                figures["index_bytes"] = self._index_bytes(model)
         self.run(name, run, figures)
 
     def _score_settings(self) -> dict[str, Any]:

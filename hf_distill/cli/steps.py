@@ -237,7 +237,7 @@ def open_model(
 
     Args:
         name: Hub id or folder.
-        kind: `"dense"`, `"cross_encoder"`, or None for what the checkpoint is.
+        kind: `"dense"`, `"lexical"`, `"multi_vector"`, `"cross_encoder"`, or None for what the checkpoint is.
         revision: Branch, tag or commit.
         options: The person's wishes.
         seed: Of weights that the checkpoint lacks (a new head, a projection), so that every process and a later
@@ -246,8 +246,21 @@ def open_model(
     """
     from transformers import set_seed
 
-    from ..models import CrossEncoderRanker, DenseRetriever, load_model, student_from
+    from ..models import (
+        CrossEncoderRanker,
+        DenseRetriever,
+        LexicalRetriever,
+        MultiVectorRetriever,
+        load_model,
+        student_from,
+    )
 
+    archetypes = {
+        "dense": DenseRetriever,
+        "lexical": LexicalRetriever,
+        "multi_vector": MultiVectorRetriever,
+        "cross_encoder": CrossEncoderRanker,
+    }
     if kind is None:
         kind = "cross_encoder" if isinstance(load_model(name, revision=revision), CrossEncoderRanker) else "dense"
     archetype = CrossEncoderRanker if kind == "cross_encoder" else DenseRetriever
