@@ -95,6 +95,17 @@ class Report:
                 figures["index_bytes"] = self._index_bytes(model)
         self.run(name, run, figures)
 
+    def _index_bytes(self, model: RetrievalModel) -> int:
+        """Size of what a search goes through: all vectors, or a lexical model's postings."""
+        from ..retrieval import encode_table
+        from ..retrieval.searching import build_index
+
+        if model.representation == "sparse":
+            vectors = encode_table(model, self.data.collection.corpus, "passage", **self.encode)
+            return build_index(vectors, model, self.index, cache_dir=self.encode.get("cache_dir")).num_bytes
+        width = {"float16": 2}.get(self.encode.get("storage", ""), 4)
+        return len(self.data.collection.corpus) * model.embedding_size * width
+
     def _score_settings(self) -> dict[str, Any]:
         return {name: value for name, value in self.encode.items() if name != "storage"}
 

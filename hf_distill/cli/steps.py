@@ -262,8 +262,9 @@ def open_model(
         "cross_encoder": CrossEncoderRanker,
     }
     if kind is None:
-        kind = "cross_encoder" if isinstance(load_model(name, revision=revision), CrossEncoderRanker) else "dense"
-    archetype = CrossEncoderRanker if kind == "cross_encoder" else DenseRetriever
+        opened = type(load_model(name, revision=revision))
+        kind = next((one for one, archetype in archetypes.items() if archetype is opened), "dense")
+    archetype = archetypes[kind]
     set_seed(seed)
     model = archetype.from_pretrained(name, revision=revision, **model_overrides(options, kind == "cross_encoder"))
     return model if layers is None else student_from(f"layers:{layers}", model)
@@ -391,6 +392,7 @@ def check_training(
     for measure in args.eval_measures.split(","):
         parse_measure(measure)
     check_factory(model, index)
+    model.check_export()
 
 
 def mining_options(options: PoolOptions, seed: int, **more: Any) -> MiningOptions:

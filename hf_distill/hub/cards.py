@@ -37,6 +37,7 @@ _USAGE = {
     "sparse": ("SparseEncoder", _VECTORS, "feature-extraction"),
     "tokens": ("MultiVectorEncoder", _VECTORS, "sentence-similarity"),
     "pair": ("CrossEncoder", _PAIRS, "text-ranking"),
+    "masked_lm": ("AutoModelForMaskedLM", 'tokenizer = AutoTokenizer.from_pretrained("{name}")', "fill-mask"),
 }
 
 
@@ -44,10 +45,14 @@ def usage_of(kind: str, name: str) -> str:
     """How a checkpoint is loaded without this package.
 
     Args:
-        kind: What the model makes of texts: `"dense"`, `"sparse"`, `"tokens"` or `"pair"`.
+        kind: What the model makes of texts: `"dense"`, `"sparse"`, `"tokens"` or `"pair"`; or
+            `"masked_lm"` for a model that has yet to be fine-tuned.
         name: Its Hub id or folder.
     """
     loader, use, _ = _USAGE[kind]
+    if kind == "masked_lm":
+        code = f'from transformers import {loader}, AutoTokenizer\n\nmodel = {loader}.from_pretrained("{name}")\n'
+        return f"A masked language model, to be fine-tuned:\n\n```python\n{code}{use.format(name=name)}\n```"
     code = f'from sentence_transformers import {loader}\n\nmodel = {loader}("{name}")\n{use}'
     return f"Nothing but sentence-transformers (or plain transformers) is needed:\n\n```python\n{code}\n```"
 
@@ -121,12 +126,13 @@ def write_model_card(
         )
         for name, value in (measured or {}).items()
     ]
+    library = "transformers" if kind == "masked_lm" else "sentence-transformers"
     data = ModelCardData(
-        library_name="sentence-transformers",
+        library_name=library,
         pipeline_tag=_USAGE[kind][2],
         base_model=on_hub([*base_models, *teachers]) or None,
         datasets=on_hub(datasets) or None,
-        tags=[*dict.fromkeys(["sentence-transformers", *tags])],
+        tags=[*dict.fromkeys([library, *tags])],
         model_name=title,
         eval_results=evaluations or None,
         **({"teachers": on_hub(teachers)} if on_hub(teachers) else {}),

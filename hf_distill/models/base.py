@@ -108,6 +108,9 @@ class RetrievalModel(PreTrainedModel):
         """What changes the model's outputs apart from its weights and its reading of text, as JSON."""
         raise NotImplementedError
 
+    def check_export(self) -> None:  # noqa: B027 - most models can always be saved
+        """Raises [`InputError`] if no other library could make the same of a saved model; asked before training."""
+
     def _export(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
         raise NotImplementedError
 

@@ -111,6 +111,8 @@ class LexMAEForPreTraining(RetrievalModel):
     """
 
     config_class = LexMAEConfig
+    # Not a retriever yet: cards say how to open it as what it is.
+    representation = "masked_lm"
 
     def __init__(self, config: LexMAEConfig, backbone: PreTrainedModel | None = None, tokenizer: Any = None):
         super().__init__(config, tokenizer)

@@ -60,6 +60,14 @@ register_kind(
 )
 register_kind(
     StageKind(
+        "pretrain", 1, MODEL, {"data": COLLECTION, "model": MODEL, "stream": ANYTHING}, (("model",),), trains=True
+    )
+)
+register_kind(
+    StageKind("pool", 1, ROWS, {"data": COLLECTION, "rows": ROWS}, (("data",), ("rows",))),
+)
+register_kind(
+    StageKind(
         "mine",
         1,
         ROWS,
@@ -128,6 +136,9 @@ register_kind(
 )
 register_kind(
     StageKind("compare", 1, ANYTHING, {"data": COLLECTION, "systems": ANYTHING}, (("systems",),)),
+)
+register_kind(
+    StageKind("push", 1, None, {"folder": ANYTHING, "data": COLLECTION}, (("folder",), ("repo_id",)), output=None),
 )
 
 

@@ -1,0 +1,80 @@
+"""`hf-distill explain`: the terms that a lexical model sees in a query and a passage, and what they share."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .options import CollectionOptions, EncodeOptions, ExplainOptions
+from .parsing import Verb, require
+
+
+def run(data_options: CollectionOptions, options: ExplainOptions, encode_options: EncodeOptions) -> None:
+    """Prints the heaviest terms, and draws them."""
+    require(
+        "explain",
+        model=(options.model, "a Hub id or folder of a lexical model"),
+        query=(options.query, "a question"),
+    )
+    if options.passage is None and data_options.data is None:
+        raise InputError(
+            "there is no passage to explain",
+            where="--passage",
+            cure="Give one, or a collection (--data) whose best passage is taken",
+        )
+    if options.top < 1:
+        raise InputError(f"{options.top} terms are too few", where="--top", cure="Ask for one at least")
+    from ..console import print_table
+    from ..evaluation.terms import plot_terms, text_terms
+    from ..files import write_json
+    from ..models import load_model
+    from ..retrieval import Searcher
+    from . import steps
+
+    model = load_model(options.model)
+    if model.representation != "sparse":
+        raise InputError("this is no lexical model", where="--model", cure="Give one, trained with --kind lexical say")
+    settings = steps.encode_settings(encode_options, data_options)
+    passage = options.passage
+    if passage is None:
+        corpus = steps.Data.open(data_options).collection.corpus
+        _, positions = Searcher(model, corpus, **settings)(options.query, 1)
+        if not len(positions):
+            raise InputError("no passage shares a term with the question", where="--query", cure="Ask another one")
+        passage = corpus.texts(positions, template=model.config.template)[0]
+    terms = text_terms(model, options.query, passage, dtype=encode_options.dtype)
+    sys.stdout.write(textwrap.fill(passage, 100) + "\n\n")
+    counts = f"{len(terms.query)} terms of the query, {len(terms.passage)} of the passage, {len(terms.shared)} shared"
+    print_table(
+        f"score {sum(terms.shared.values()):.2f}: {counts}",
+        ["query", "weight", "passage", "weight", "shared", "part of the score"],
+        _rows([terms.query, terms.passage, terms.shared], options.top),
+    )
+    if options.output_dir is not None:
+        folder = Path(options.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        plot_terms(terms, folder / "terms.png", top=options.top, title=options.query)
+        entry: dict[str, Any] = {"query": options.query, "passage": passage, "terms": terms._asdict()}
+        write_json(folder / "terms.json", entry)
+
+
+def _rows(columns: list[dict[str, float]], top: int) -> list[list[str]]:
+    """The heaviest terms of every column, side by side."""
+    heaviest = [list(column.items())[:top] for column in columns]
+    rows = []
+    for line in range(max(map(len, heaviest), default=0)):
+        cells = [column[line] if line < len(column) else ("", None) for column in heaviest]
+        rows.append([text for name, weight in cells for text in (name, "" if weight is None else f"{weight:.3f}")])
+    return rows
+
+
+VERB = Verb(
+    "explain",
+    "Show the terms that a lexical model sees in a query and a passage.",
+    (CollectionOptions, ExplainOptions, EncodeOptions),
+    run,
+    example="hf-distill explain --data my_collection --model outputs/lexical --query 'remove blanks' --output_dir out",
+)

@@ -1,0 +1,54 @@
+"""`hf-distill export`: a lexical model's index of a collection for another engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..console import get_logger
+from ..errors import InputError
+from .options import CollectionOptions, EncodeOptions, ExportOptions
+from .parsing import Verb, require
+
+
+logger = get_logger(__name__)
+
+
+def run(data_options: CollectionOptions, options: ExportOptions, encode_options: EncodeOptions) -> None:
+    """Encodes (or finds) the collection's vectors and writes them in the engine's format."""
+    require(
+        "export",
+        data=(data_options.data, "the collection, a folder or Hub id"),
+        model=(options.model, "a Hub id or folder of a lexical model"),
+        output_dir=(options.output_dir, "folder of the files"),
+    )
+    if options.scale < 1:
+        raise InputError(f"scale is {options.scale}", where="--scale", cure="Give 1 or more")
+    from ..models import load_model
+    from ..retrieval import InvertedIndex, encode_table, export_anserini, export_ciff
+    from . import steps
+
+    model = load_model(options.model)
+    if model.representation != "sparse":
+        raise InputError("this is no lexical model", where="--model", cure="Give one, trained with --kind lexical say")
+    collection = steps.Data.open(data_options).collection
+    settings = steps.encode_settings(encode_options, data_options)
+    passages = encode_table(model, collection.corpus, "passage", **settings)
+    folder = Path(options.output_dir)
+    if options.format == "ciff":
+        index = InvertedIndex.build(passages, options.scale, cache_dir=data_options.cache_dir)
+        written = export_ciff(folder / "index.ciff", index, collection.corpus, model.tokenizer)
+    else:
+        queries = encode_table(model, collection.queries, "query", **settings)
+        written = export_anserini(
+            folder, passages, collection.corpus, queries, collection.queries, model.tokenizer, scale=options.scale
+        )
+    logger.info("written to %s", written)
+
+
+VERB = Verb(
+    "export",
+    "Write a lexical model's index for another engine.",
+    (CollectionOptions, ExportOptions, EncodeOptions),
+    run,
+    example="hf-distill export --data my_collection --model outputs/lexical --format ciff --output_dir outputs/ciff",
+)

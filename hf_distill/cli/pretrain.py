@@ -1,0 +1,150 @@
+"""`hf-distill pretrain`: LexMAE, or plain masked language modelling, on a corpus or a stream of texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..console import is_main_process
+from ..errors import InputError
+from .options import CollectionOptions, PretrainOptions
+from .parsing import Verb, require
+
+
+def _arguments() -> tuple[type, ...]:
+    from .training_arguments import PretrainArguments
+
+    return (CollectionOptions, PretrainOptions, PretrainArguments)
+
+
+def run(data_options: CollectionOptions, options: PretrainOptions, args: Any) -> None:
+    """Pre-trains and writes an ordinary masked-LM checkpoint with its card."""
+    require(
+        "pretrain",
+        model=(options.model, "a masked language model, a Hub id or folder"),
+        output_dir=(args.output_dir, "where the model goes"),
+    )
+    if (data_options.data is None) == (options.stream is None):
+        raise InputError(
+            "hf-distill pretrain needs either --data (a collection) or --stream (a data set that is read in order)",
+            cure="See hf-distill pretrain --help",
+        )
+    from transformers import set_seed
+
+    from ..distributed import engine_of
+    from ..models import LexMAEForPreTraining
+    from ..trainers import LexMAEPretrainer
+    from . import publishing, steps
+
+    set_seed(args.seed)
+    model = LexMAEForPreTraining.from_pretrained(
+        options.model,
+        revision=options.model_revision,
+        new_head=options.new_head,
+        fresh=options.fresh,
+        decoder_layers=options.decoder_layers,
+        bottleneck=options.bottleneck,
+        passage_length=options.passage_length,
+        template=options.template,
+    )
+    data = facts = None
+    if options.stream is None:
+        data = steps.Data.open(data_options)
+        texts: Any = data.collection.corpus
+        facts = {"corpus": texts.fingerprint}
+    else:
+        texts = _stream(options, model.config.template, args.seed)
+        facts = {"stream": options.stream}
+    settings = steps.settings_of(
+        data_options,
+        options,
+        args,
+        processes=args.world_size,
+        engine=engine_of(args),
+        data_fingerprint=facts,
+        start_weights=model.weights_fingerprint(),
+    )
+    folder = steps.claim_output(args.output_dir, settings)
+    publishing.check_push(args)
+    trainer = LexMAEPretrainer(model, args, texts)
+    trained = steps.finish_training(trainer)
+    if is_main_process():
+        _describe(folder, trainer, trained, options, settings, data)
+    publishing.publish(trainer)
+
+
+def _stream(options: PretrainOptions, template: str, seed: int) -> Any:
+    """The texts of a data set, read in order."""
+    from datasets import load_dataset
+
+    from ..data.masking import StreamedTexts
+
+    suffix = Path(options.stream).suffix.lower()
+    builder = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".gz": "json"}.get(suffix)
+    source = {"path": builder, "data_files": options.stream} if builder else {"path": options.stream}
+    try:
+        stream = load_dataset(**source, name=options.stream_config, split=options.stream_split, streaming=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"cannot be streamed ({str(error).splitlines()[0]})",
+            where=f"--stream {options.stream}",
+            cure="Give a data set of the Hub, or files ending in .jsonl, .jsonl.gz, .parquet or .txt",
+        ) from None
+    return StreamedTexts(stream, template, column=options.stream_column, seed=seed, buffer=options.stream_buffer)
+
+
+def _describe(
+    folder: Path, trainer: Any, model: Any, options: PretrainOptions, settings: dict[str, Any], data: Any
+) -> None:
+    """Card and manifest."""
+    from ..hub.cards import bibtex, write_model_card
+    from ..hub.manifest import write_manifest
+
+    args, state = trainer.args, trainer.state
+    losses = [entry for entry in state.log_history if "encoder_loss" in entry]
+    last = {name: losses[-1][name] for name in ("encoder_loss", "decoder_loss") if losses and name in losses[-1]}
+    plain = options.decoder_layers == 0
+    method = "Masked language modelling" if plain else "LexMAE pre-training (lexicon bottleneck)"
+    source = options.stream or data.collection.name
+    batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    masks = f"{args.encoder_rate:.0%} of the tokens masked for the encoder"
+    if not plain:
+        masks += f", {args.decoder_rate:.0%} ({args.decoder_masking}) for a decoder of {options.decoder_layers} layers"
+    training = [
+        f"- {method} on the texts of *{source}*, {masks}",
+        f"- {state.global_step:,} steps of {batch} texts of at most {model.config.passage_length} tokens, "
+        f"learning rate {args.learning_rate:g}, seed {args.seed}",
+        "- Everything else, versions and hardware included: `run_manifest.json`",
+    ]
+    results = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in last.items())
+    write_model_card(
+        folder,
+        title=folder.name,
+        summary=f"`{options.model}`, pre-trained further for lexical retrieval. Fine-tune it with "
+        "`hf-distill train --kind lexical`.",
+        kind="masked_lm",
+        results=f"At the end of training: {results}." if results else "Nothing.",
+        training="\n".join(training),
+        base_models=[] if options.fresh else [options.model],
+        datasets=[source],
+        tags=trainer._tags,
+        citation=None if plain else bibtex(trainer._paper),
+        model_id=trainer.hub_model_id,
+    )
+    write_manifest(
+        folder,
+        settings=settings,
+        data={} if data is None else data.facts(),
+        models={"start": [options.model], "student": {"weights": model.weights_fingerprint()}},
+        training={"steps": state.global_step, "epochs": state.epoch, **last},
+    )
+
+
+VERB = Verb(
+    "pretrain",
+    "Pre-train a masked language model for lexical retrieval (LexMAE) on the texts of a collection or a stream.",
+    (CollectionOptions, PretrainOptions),
+    run,
+    _arguments,
+    "hf-distill pretrain --data my_collection --model google-bert/bert-base-uncased --output_dir outputs/lexmae",
+)

@@ -1,0 +1,147 @@
+"""The lexical verbs, one after the other as a person would type them, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hf_distill.cli.main import main
+from hf_distill.models import LexicalRetriever, load_model
+from tests.model_zoo import save_tiny
+from tests.test_cli_runs import refusal
+
+
+TRAINING = ["--use_cpu", "true", "--report_to", "none", "--per_device_train_batch_size", "8", "--num_negatives", "3"]
+SHORT = [
+    *TRAINING,
+    "--max_steps",
+    "4",
+    "--logging_steps",
+    "2",
+    "--eval_strategy",
+    "no",
+    "--learning_rate",
+    "1e-3",
+    "--passage_length",
+    "32",
+]
+
+
+@pytest.fixture(scope="module")
+def world(micro, tmp_path_factory, tiny_tokenizer):
+    """Pre-training, a lexical retriever, its negatives and scores, and a dense student of them (LED)."""
+    root = tmp_path_factory.mktemp("lexical")
+    start = save_tiny(root / "start", "bert", tiny_tokenizer, head="MaskedLM", layers=2)
+
+    def run(verb: str, folder: str, **flags) -> str:
+        words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", *_words(value))]
+        extra = ["--cache_dir", str(root / "cache")] if "stream" not in flags else []
+        main(
+            [
+                verb,
+                *words,
+                *extra,
+                "--output_dir",
+                str(root / folder),
+                *(SHORT if verb in ("train", "distill") else []),
+            ]
+        )
+        return str(root / folder)
+
+    made = {"root": root, "run": run, "start": start}
+    pretrain = {
+        "use_cpu": "true",
+        "report_to": "none",
+        "per_device_train_batch_size": 8,
+        "max_steps": 3,
+        "logging_steps": 1,
+    }
+    made["lexmae"] = run("pretrain", "lexmae", data=micro, model=start, passage_length=32, **pretrain)
+    files = [micro / "corpus.jsonl"]
+    made["streamed"] = run("pretrain", "streamed", stream=files[0], model=start, passage_length=32, **pretrain)
+    mining = {"mine_depth": 20, "mine_negatives": 6}
+    made["bm25"] = run("mine", "bm25", data=micro, model="bm25", **mining)
+    made["lexical"] = run(
+        "train", "lexical", data=micro, model=made["lexmae"], kind="lexical", rows=made["bm25"], pooled_tokens="text"
+    )
+    made["mined"] = run("mine", "mined", data=micro, model=made["lexical"], name="sp-stg1", index="Impact", **mining)
+    made["pool"] = run("pool", "pool", data=micro, rows=[made["bm25"], made["mined"]])
+    made["scored"] = run(
+        "score", "scored", data=micro, rows=made["pool"], model=made["lexical"], column="scores_lexical"
+    )
+    losses = [{"name": "contrastive", "candidates": "global"}, {"name": "rank_consistency", "teacher": "teacher"}]
+    made["led"] = run(
+        "distill", "led", data=micro, rows=made["scored"], teacher="column:scores_lexical", student=start,
+        losses=json.dumps(losses), negative_sources='{"bm25": 1, "sp-stg1": 2}', baseline="false",
+    )  # fmt: skip
+    made["figures"] = run("evaluate", "figures", data=micro, model=[made["lexical"], made["led"]])
+    return made
+
+
+def _words(value) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+@pytest.mark.slow
+def test_from_pretraining_to_a_dense_student(world):
+    assert isinstance(load_model(world["lexical"]), LexicalRetriever)
+    for name, system in (("lexical", "trained"), ("led", "student")):
+        metrics = json.loads((world["root"] / name / "metrics.json").read_text())["micro/test"]
+        assert 0 <= metrics[system]["nDCG@10"] <= 1, name
+    history = json.loads((world["root"] / "lexical" / "history.json").read_text())
+    logged = next(entry for entry in history if "flops" in entry)
+    assert {"contrastive", "flops", "active_terms_query", "active_terms_passage", "expected_flops"} <= set(logged)
+    card = (world["root"] / "lexical" / "README.md").read_text()
+    assert "SparseEncoder" in card
+    history = json.loads((world["root"] / "led" / "history.json").read_text())
+    assert any("rank_consistency" in entry for entry in history)
+
+
+@pytest.mark.slow
+def test_a_pretrained_model_says_what_it_is(world):
+    for name in ("lexmae", "streamed"):
+        folder = world["root"] / name
+        card = (folder / "README.md").read_text()
+        assert "AutoModelForMaskedLM" in card and "library_name: transformers" in card and "LexMAE" in card
+        manifest = json.loads((folder / "run_manifest.json").read_text())
+        assert manifest["training"]["steps"] == 3 and manifest["training"]["decoder_loss"] > 0
+
+
+@pytest.mark.slow
+def test_terms_are_shown_and_drawn(world, micro, capsys):
+    folder = world["root"] / "terms"
+    command = ["explain", "--data", micro, "--model", world["lexical"], "--query", "how is bread made", "--top", "5"]
+    main([*map(str, command), "--output_dir", str(folder), "--cache_dir", str(world["root"] / "cache")])
+    shown = capsys.readouterr()
+    assert "part of the score" in shown.out + shown.err
+    terms = json.loads((folder / "terms.json").read_text())["terms"]
+    for column in terms.values():
+        weights = list(column.values())
+        assert weights == sorted(weights, reverse=True)
+    name, product = next(iter(terms["shared"].items()))
+    assert product == pytest.approx(terms["query"][name] * terms["passage"][name])
+    assert (folder / "terms.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_indexes_for_other_engines(world, micro):
+    world["run"]("export", "anserini", data=micro, model=world["lexical"])
+    assert len(list((world["root"] / "anserini" / "corpus").iterdir())) == 24
+    world["run"]("export", "ciff", data=micro, model=world["lexical"], format="ciff")
+    assert (world["root"] / "ciff" / "index.ciff").stat().st_size > 1000
+
+
+def test_what_is_refused(micro, tiny_bert, tmp_path, capsys):
+    out = ["--output_dir", tmp_path / "out"]
+    train = ["train", "--data", micro, "--model", tiny_bert, *out, *SHORT]
+    assert "no trained masked-LM head" in refusal(capsys, *train, "--kind", "lexical")
+    lexical = [*train, "--kind", "lexical", "--new_head", "identity"]
+    assert "no index of a lexical model" in refusal(capsys, *lexical, "--index", "IVF4,Flat")
+    assert "unknown settings ['pooling']" in refusal(capsys, *lexical, "--pooling", "cls")
+    assert "of is 'passages'" in refusal(capsys, *lexical, "--losses", "[{name: flops, of: passages}]")
+    inner = [*lexical, "--pooled_tokens", "inner", "--template", "{title}[SEP]{text}"]
+    assert "cannot be expressed" in refusal(capsys, *inner)
+    assert "either --data" in refusal(capsys, "pretrain", "--model", tiny_bert, *out)
+    assert "no lexical model" in refusal(capsys, "explain", "--model", tiny_bert, "--query", "x", "--passage", "y")
+    assert not (tmp_path / "out").exists()
