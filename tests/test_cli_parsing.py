@@ -94,7 +94,7 @@ def test_unknown_verb(capsys):
 
 
 def test_scripts_are_the_same_verbs(pytestconfig):
-    for verb in ("train", "distill", "mine", "score", "evaluate"):
+    for verb in ("train", "distill", "mine", "score", "evaluate", "compare", "reproduce"):
         script = pytestconfig.rootpath / "run_scripts" / f"run_{verb}.py"
         done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
         assert done.stdout.startswith(f"usage: hf-distill {verb}"), done.stderr
