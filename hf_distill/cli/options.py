@@ -418,7 +418,8 @@ class ReproduceOptions:
     replace: list[str] | None = _option(
         None, "Where folders are now that have moved, as recorded=present, for example my_data=/data/my_data."
     )
-    force: bool = _option(False, "Run although data or weights differ.")
+    force: bool = _option(False, "Go on although data or weights differ.")
+    reuse_cache: bool = _option(False, "Take cached embeddings and scores, instead of making them anew.")
 
 
 @dataclass
@@ -463,6 +464,10 @@ class RecipeOptions:
     until_stage: str | None = _option(None, "End with this stage. Short: --until.")
     dry_run: bool = _option(False, "Check everything, print the plan with its estimate, and stop.")
     output_dir: str | None = _option(None, "Folder of the run. Default: outputs/NAME-PROFILE.")
+    push_to: str | None = _option(
+        None, "Push every finished stage to this Hub repository, a branch each; what is no model to a dataset."
+    )
+    pull_from: str | None = _option(None, "Take finished stages from this Hub repository instead of doing them.")
 
 
 @dataclass

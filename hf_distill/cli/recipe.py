@@ -39,7 +39,7 @@ def run(options: RecipeOptions) -> None:
 
     recipe = load_recipe(options.recipe, options.profile, options.set or ())
     folder = options.output_dir or f"outputs/{recipe.name}" + (f"-{recipe.profile}" if recipe.profile else "")
-    job = RecipeRun(recipe, folder)
+    job = RecipeRun(recipe, folder, push_to=options.push_to, pull_from=options.pull_from)
     if options.dry_run:
         job.show_plan(options.from_stage, options.until_stage)
     else:

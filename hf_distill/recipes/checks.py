@@ -22,13 +22,14 @@ _WORDS = ("bm25", "auto", "teacher", "student")
 _MINED = ("sources", "ranks", "retriever_scores")
 
 
-def check_graph(recipe: Recipe, names: Sequence[str], workspace: Workspace) -> None:
+def check_graph(recipe: Recipe, names: Sequence[str], workspace: Workspace, available: Sequence[str] = ()) -> None:
     """Checks fields that must be given, the sorts of results that stages read, files and columns, without imports.
 
     Args:
         recipe: The recipe.
         names: The stages that will be run.
         workspace: Where the results of the others are.
+        available: Stages whose results will be there although they are not.
     """
     for name in names:
         stage = recipe.stages[name]
@@ -44,7 +45,9 @@ def check_graph(recipe: Recipe, names: Sequence[str], workspace: Workspace) -> N
                 _check_value(recipe, stage, field, sort, value)
         _check_columns(recipe, stage)
         for other in stage.needs:
-            if other not in names and not workspace.has_result(recipe.stages[other]):
+            record = workspace.record(other)
+            there = workspace.has_result(recipe.stages[other]) or (record is not None and record.remote is not None)
+            if other not in names and not there and other not in available:
                 raise InputError(
                     f"needs the result of stage {other!r}, which is not there",
                     where=_where(recipe, stage),

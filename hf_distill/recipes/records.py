@@ -41,6 +41,8 @@ class Record:
         starts: How often it was started.
         process: Number of the process that runs it.
         figures: See [`stage_figures`].
+        pushed: The repository that holds it.
+        remote: The repository that it was taken from; the result itself is fetched when a stage needs it.
     """
 
     stage: str
@@ -52,6 +54,8 @@ class Record:
     starts: int = 0
     process: int | None = None
     figures: dict[str, Any] = field(default_factory=dict)
+    pushed: str | None = None
+    remote: str | None = None
 
 
 class Workspace:
@@ -71,7 +75,7 @@ class Workspace:
 
     def record(self, stage: str) -> Record | None:
         """The record of a stage; None if it was never started."""
-        return _read(self.file(stage, ".json"))
+        return read_record(self.file(stage, ".json"))
 
     def save(self, record: Record) -> None:
         """Writes a record."""
@@ -92,7 +96,7 @@ class Workspace:
 
     def shelved(self, stage: str, key: str) -> Record | None:
         """The record of a superseded result of exactly this key."""
-        return _read(self._shelf(stage, key) / _RECORD)
+        return read_record(self._shelf(stage, key) / _RECORD)
 
     def supersede(self, stage: str) -> Path | None:
         """Moves the result of other settings out of the way; returns where to, or None if there was nothing."""
@@ -119,7 +123,7 @@ class Workspace:
     def take_back(self, stage: str, key: str) -> Record:
         """Makes a superseded result the stage's own again."""
         shelf = self._shelf(stage, key)
-        record = _read(shelf / _RECORD)
+        record = read_record(shelf / _RECORD)
         if (shelf / "result").is_dir():
             self.result(stage).parent.mkdir(parents=True, exist_ok=True)
             os.replace(shelf / "result", self.result(stage))
@@ -128,7 +132,8 @@ class Workspace:
         return record
 
 
-def _read(path: Path) -> Record | None:
+def read_record(path: Path) -> Record | None:
+    """Reads a record; None if there is none."""
     try:
         return Record(**read_json(path))
     except FileNotFoundError:

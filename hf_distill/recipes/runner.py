@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from .keys import Contents, differences, stage_keys
 from .loading import Recipe
 from .processes import in_other_process
 from .records import DONE, FAILED, RUNNING, Record, Workspace
+from .remote import Remote
 from .report import measures_of, write_report
 from .results import stage_figures
 
@@ -25,7 +26,7 @@ from .results import stage_figures
 logger = get_logger(__name__)
 
 # What is to happen to a stage.
-SKIP, TAKE_BACK, RESUME, START, REDO = "done", "taken back", "goes on", "new", "again"
+SKIP, TAKE_BACK, PULL, RESUME, START, REDO = "done", "taken back", "pulled", "goes on", "new", "again"
 
 
 @dataclass
@@ -51,10 +52,14 @@ class RecipeRun:
     Args:
         recipe: The recipe.
         folder: Where everything goes; see [`hf_distill.recipes.records`].
+        push_to: Push every finished stage to this repository of the Hub.
+        pull_from: Take finished stages from this repository of the Hub.
     """
 
-    def __init__(self, recipe: Recipe, folder: str | Path):
+    def __init__(self, recipe: Recipe, folder: str | Path, push_to: str | None = None, pull_from: str | None = None):
         self.recipe, self.workspace = recipe, Workspace(folder)
+        self.push_to = None if push_to is None else Remote(push_to, "--push_to")
+        self.pull_from = None if pull_from is None else Remote(pull_from, "--pull_from")
         self.contents = Contents(self.workspace.records_folder / "contents.json")
 
     # ---- what is to be done ----
@@ -69,7 +74,7 @@ class RecipeRun:
         if record is not None and record.key == key:
             if record.status != DONE:
                 decision.action, decision.why = RESUME, [f"was {_words(record.status)} before"]
-            elif self.workspace.has_result(stage):
+            elif self.workspace.has_result(stage) or record.remote is not None:
                 decision.action = SKIP
             else:
                 decision.action, decision.why = REDO, ["its result is not there any more"]
@@ -77,6 +82,10 @@ class RecipeRun:
             decision.action, decision.why, decision.record = TAKE_BACK, ["these settings were run before"], shelved
         elif record is not None:
             decision.action, decision.why = REDO, differences(record.parts, parts)
+        if decision.works and self.pull_from is not None:
+            pulled = self.pull_from.record(stage, key)
+            if pulled is not None:
+                decision.action, decision.why, decision.record = PULL, [f"{pulled.remote} has it"], pulled
         return decision
 
     def _part(self, first: str | None, last: str | None, decisions: dict[str, Decision]) -> list[str]:
@@ -114,7 +123,7 @@ class RecipeRun:
         decisions = self.decide()
         names = self._part(first, last, decisions)
         work = [name for name in names if decisions[name].works]
-        check_graph(self.recipe, work, self.workspace)
+        check_graph(self.recipe, work, self.workspace, _available(decisions))
         in_other_process(check_stages, fields_to_check(self.recipe, work, self.workspace))
         in_other_process(check_ids, self.recipe, work)
         rows = []
@@ -134,7 +143,7 @@ class RecipeRun:
         names = self._part(first, last, decisions)
         work = [name for name in names if decisions[name].works]
         if work:
-            check_graph(self.recipe, work, self.workspace)
+            check_graph(self.recipe, work, self.workspace, _available(decisions))
             in_other_process(check_stages, fields_to_check(self.recipe, work, self.workspace))
         lock = self._lock()
         try:
@@ -163,7 +172,7 @@ class RecipeRun:
     def _announce(self, decisions: Sequence[Decision]) -> None:
         """Says what changed since the last start and what will be done again because of it."""
         for decision in decisions:
-            if decision.action in (REDO, TAKE_BACK, RESUME):
+            if decision.action in (REDO, TAKE_BACK, PULL, RESUME):
                 logger.info("%s %s: %s", decision.stage, _sentence(decision.action), "; ".join(decision.why))
 
     def _run(self, decisions: Sequence[Decision]) -> None:
@@ -192,7 +201,11 @@ class RecipeRun:
         if decision.action == TAKE_BACK:
             self.workspace.supersede(name)
             record = self.workspace.take_back(name, decision.key)
+        if decision.action == PULL:
+            self.workspace.supersede(name)
+            self.workspace.save(record)
         if not decision.works:
+            self._push(record)
             board.ends(name, DONE, record.seconds, record.figures.get("headline", ""))
             return
         if decision.action != RESUME:
@@ -200,7 +213,22 @@ class RecipeRun:
             if shelf is not None and record is not None and record.key != decision.key:
                 logger.info("%s: the result of the other settings is kept in %s", name, shelf)
             record = Record(name, self.recipe.stages[name].kind.verb, decision.key, decision.parts)
+        self._fetch_needs(name)
         self._work(record, board)
+        self._push(record)
+
+    def _fetch_needs(self, name: str) -> None:
+        """Brings the results that a stage reads and that lie on the Hub only."""
+        for other in self.recipe.stages[name].needs:
+            stage, record = self.recipe.stages[other], self.workspace.record(other)
+            if record is not None and record.remote is not None and not self.workspace.has_result(stage):
+                Remote(record.remote, "--pull_from").fetch(stage, self.workspace)
+
+    def _push(self, record: Record) -> None:
+        """Pushes a finished stage, if that is wanted and not done."""
+        if self.push_to is None or self.push_to.repo_id in (record.pushed, record.remote):
+            return
+        self.push_to.push(self.recipe.stages[record.stage], self.workspace, record)
 
     def _work(self, record: Record, board: Board) -> None:
         """Starts the stage's command and waits for it."""
@@ -251,4 +279,14 @@ def _words(status: str) -> str:
 
 
 def _sentence(action: str) -> str:
-    return {REDO: "will be done again", TAKE_BACK: "is taken back", RESUME: "goes on where it stopped"}[action]
+    return {
+        REDO: "will be done again",
+        TAKE_BACK: "is taken back",
+        PULL: "is pulled",
+        RESUME: "goes on where it stopped",
+    }[action]
+
+
+def _available(decisions: Mapping[str, Decision]) -> list[str]:
+    """Stages whose results are taken from elsewhere."""
+    return [name for name, decision in decisions.items() if decision.action in (TAKE_BACK, PULL)]
