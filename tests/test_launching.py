@@ -111,6 +111,13 @@ def test_processes_are_as_many_as_asked_for_or_as_there_are_gpus(typed, gpus, pr
     )
 
 
+def test_several_machines_need_a_port_that_all_know():
+    several = "--num_machines 2 --machine_rank 1 --main_process_ip 10.0.0.1"
+    assert prepare(read(f"zero3 {several} train"), 8)[0].main_process_port == 29500
+    assert prepare(read(f"zero3 {several} --main_process_port 4711 train"), 8)[0].main_process_port == 4711
+    assert prepare(read("zero3 train"), 8)[0].main_process_port is None  # the configuration's 0 is any free one
+
+
 def test_deepspeed_without_a_gpu_runs_on_cpus_by_the_flag_that_keeps_it(monkeypatch):
     monkeypatch.setattr(launching.importlib.util, "find_spec", lambda name: object())
     args, environment = prepare(read("zero2:2 train --data x"), 0)

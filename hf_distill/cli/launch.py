@@ -27,6 +27,7 @@ NAMES = {
     "zero3": "DeepSpeed ZeRO-3: weights divided too",
     "fsdp2": "PyTorch's FSDP2: weights, gradients and optimizer states divided",
 }
+_PORT = 29500
 _OPTIONS = "--num_machines 2 --machine_rank 0 --main_process_ip ADDRESS"
 
 
@@ -140,51 +141,17 @@ def prepare(launch: Launch, gpus: int) -> tuple[Any, dict[str, str]]:
     from accelerate.commands.launch import launch_command_parser
 
     config = _read_config(launch)
-    kind = str(config.get("distributed_type", "NO"))
-    on_cpu = bool(config.get("use_cpu", False))
-    environment: dict[str, str] = {"HF_DISTILL_LAUNCH": " ".join([launch.words, *launch.options])}
     command = ["--config_file", str(launch.path()), *launch.options, "--module", "hf_distill", launch.verb]
     args = _parse(launch_command_parser(), [*command, *launch.arguments], launch)
-    if args.cpu:
-        raise InputError("--cpu starts a single process", where=launch.words, cure="Type --launch cpu:2 instead")
-    machines = args.num_machines or int(config.get("num_machines", 1))
-    if machines > 1 and (args.main_process_ip or config.get("main_process_ip")) is None:
+    kind = str(config.get("distributed_type", "NO"))
+    if kind == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
         raise InputError(
-            f"{machines} machines need to find each other",
-            where=launch.words,
-            cure=f"On each machine type hf-distill {launch.words} {_OPTIONS} {launch.verb} ..., with its own rank",
+            "DeepSpeed is not installed", where=launch.words, cure="Type pip install 'hf_distill[deepspeed]'"
         )
-    if kind == "DEEPSPEED":
-        if importlib.util.find_spec("deepspeed") is None:
-            raise InputError(
-                "DeepSpeed is not installed", where=launch.words, cure="Type pip install 'hf_distill[deepspeed]'"
-            )
-        on_cpu = on_cpu or not gpus
-    wanted = launch.processes or args.num_processes or config.get("num_processes")
-    if not on_cpu and not gpus:
-        raise InputError(
-            "FSDP divides weights over GPUs, and here is none: accelerate would train with plain DDP and not say so"
-            if kind == "FSDP"
-            else "there is no GPU here",
-            where=launch.words,
-            cure=f"Type hf-distill --launch cpu:{wanted or 2} {launch.verb} ...",
-        )
-    if wanted is None:
-        wanted = gpus * machines if gpus and not on_cpu else 2
-    args.num_processes = int(wanted)
-    if kind in ("NO", "MULTI_CPU") and args.num_processes > 1 and not args.multi_gpu and not args.mpirun_hostfile:
-        raise InputError(
-            f"{args.num_processes} processes were asked for, but accelerate starts one for distributed_type {kind}",
-            where=launch.words,
-            cure=f"Type hf-distill --launch {'cpu' if on_cpu else 'multi_gpu'}:{args.num_processes} {launch.verb} ...",
-        )
-    local = args.num_processes // machines
-    if not on_cpu and local > gpus:
-        raise InputError(
-            f"{local} processes were asked for, but this machine has {gpus} GPU{'s' * (gpus > 1)}",
-            where=launch.words,
-            cure=f"Type hf-distill --launch {launch.name}:{gpus * machines} {launch.verb} ...",
-        )
+    on_cpu = bool(config.get("use_cpu", False)) or (kind == "DEEPSPEED" and not gpus)
+    machines = _count_machines(launch, args, config)
+    args.num_processes = _count_processes(launch, args, config, 0 if on_cpu else gpus, machines, on_cpu)
+    environment = {"HF_DISTILL_LAUNCH": " ".join([launch.words, *launch.options])}
     if on_cpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
         # What the launcher leaves out where it starts several processes: each would train a model of its own. With
@@ -196,6 +163,53 @@ def prepare(launch: Launch, gpus: int) -> tuple[Any, dict[str, str]]:
             if importlib.import_module(f"hf_distill.cli.{launch.verb}").VERB.arguments is not None:
                 args.training_script_args += ["--use_cpu", "true"]
     return args, environment
+
+
+def _count_machines(launch: Launch, args: Any, config: Mapping[str, Any]) -> int:
+    """The number of machines; they must be able to find each other."""
+    machines = args.num_machines or int(config.get("num_machines", 1))
+    if machines > 1 and (args.main_process_ip or config.get("main_process_ip")) is None:
+        raise InputError(
+            f"{machines} machines need to find each other",
+            where=launch.words,
+            cure=f"On each machine type hf-distill {launch.words} {_OPTIONS} {launch.verb} ..., with its own rank",
+        )
+    if machines > 1 and not (args.main_process_port or config.get("main_process_port")):
+        args.main_process_port = _PORT  # no machine can know a port that another one draws
+    return machines
+
+
+def _count_processes(
+    launch: Launch, args: Any, config: Mapping[str, Any], gpus: int, machines: int, on_cpu: bool
+) -> int:
+    """The number of processes on all machines, as many as asked for; it must be what accelerate will start."""
+    kind = str(config.get("distributed_type", "NO"))
+    wanted = launch.processes or args.num_processes or config.get("num_processes")
+    again = f"Type hf-distill --launch {{}} {launch.verb} ..."
+    if args.cpu:
+        raise InputError("--cpu starts a single process", where=launch.words, cure=again.format("cpu:2"))
+    if not on_cpu and not gpus:
+        raise InputError(
+            "FSDP divides weights over GPUs, and here is none: accelerate would train with plain DDP and not say so"
+            if kind == "FSDP"
+            else "there is no GPU here",
+            where=launch.words,
+            cure=again.format(f"cpu:{wanted or 2}"),
+        )
+    processes = int(wanted or (2 if on_cpu else gpus * machines))
+    if kind in ("NO", "MULTI_CPU") and processes > 1 and not args.multi_gpu and not args.mpirun_hostfile:
+        raise InputError(
+            f"{processes} processes were asked for, but accelerate starts one for distributed_type {kind}",
+            where=launch.words,
+            cure=again.format(f"{'cpu' if on_cpu else 'multi_gpu'}:{processes}"),
+        )
+    if not on_cpu and processes // machines > gpus:
+        raise InputError(
+            f"{processes // machines} processes were asked for, but this machine has {gpus} GPU{'s' * (gpus > 1)}",
+            where=launch.words,
+            cure=again.format(f"{launch.name}:{gpus * machines}"),
+        )
+    return processes
 
 
 def _read_config(launch: Launch) -> Mapping[str, Any]:
