@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,10 +70,7 @@ def run(options: ReproduceOptions) -> None:
     if not problems:
         logger.info("data, models and revisions are those of the run")
     if options.run:
-        logger.info("running it in %s", again)
-        done = subprocess.run([sys.executable, "-m", "hf_distill", *command])
-        if done.returncode:
-            raise InputError(f"the command ended with code {done.returncode}", where=str(again), cure="See above")
+        _run_again(command, again, options.reuse_cache)
         compare_results(manifest, read_manifest(str(again))[0])
 
 
@@ -147,8 +146,13 @@ def _moved(replacements: list[str]) -> dict[str, str]:
         before, equals, now = text.partition("=")
         if not equals or not before or not now:
             raise InputError(f"{text!r} does not say from where to where", where="--replace", cure="Write old=new")
-        moved[before] = now
+        moved[_plain(before)] = now
     return moved
+
+
+def _plain(name: str) -> str:
+    """`folder/` and `./folder` are `folder`, as the manifest has it."""
+    return os.path.normpath(name) if "/" in name else name
 
 
 def _words(manifest: Mapping[str, Any], moved: Mapping[str, str], output_dir: Path) -> dict[str, list[str]]:
@@ -165,7 +169,7 @@ def _words(manifest: Mapping[str, Any], moved: Mapping[str, str], output_dir: Pa
         else:
             options[name].append(word)
     kept = {
-        name: [moved.get(value, value) for value in values]
+        name: [moved.get(_plain(value), value) for value in values]
         for name, values in options.items()
         if HIDDEN not in values and name not in _NOT_REPEATED and not name.startswith("hub_")
     }
@@ -221,6 +225,17 @@ def _command(manifest: Mapping[str, Any], words: Mapping[str, list[str]]) -> lis
     return [*typed, manifest["arguments"][0], *_flat(words)]
 
 
+def _run_again(command: list[str], folder: Path, reuse_cache: bool) -> None:
+    logger.info("running it in %s", folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # With the cache of the first run, its embeddings, scores and rows would only be compared with themselves.
+    with tempfile.TemporaryDirectory(prefix=".cache-", dir=folder.parent) as cache:
+        environment = os.environ if reuse_cache else {**os.environ, "HF_DISTILL_CACHE": cache}
+        done = subprocess.run([sys.executable, "-m", "hf_distill", *command], env=environment)
+    if done.returncode:
+        raise InputError(f"the command ended with code {done.returncode}", where=str(folder), cure="See above")
+
+
 # ---- What has changed ----
 def _other_machine(manifest: Mapping[str, Any]) -> Iterator[str]:
     """What differs between then and now and may change the last digits."""
@@ -241,7 +256,7 @@ def _other_machine(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 def check_source(source: Mapping[str, Any], manifest: Mapping[str, Any], moved: Mapping[str, str]) -> Iterator[str]:
     """What is no longer as it was about one thing that the run had read, in words."""
-    name = moved.get(source["name"], source["name"])
+    name = moved.get(_plain(source["name"]), source["name"])
     # A commit names a state of the repository; of what was moved only the content counts.
     revision = source.get("revision") if name == source["name"] else None
     label = f"{source['kind']} {name}" + (f" at {revision}" if revision else "")
@@ -277,7 +292,7 @@ def _rows(
     data = next((one for one in manifest["sources"] if one["kind"] == "data"), None)
     if data is None:
         raise InputError("it is not known for which collection they are", where="manifest", cure="Use --force")
-    place = moved.get(data["name"], data["name"])
+    place = moved.get(_plain(data["name"]), data["name"])
     opened = steps.Data.open(CollectionOptions(place, data["revision"] if place == data["name"] else None))
     rows = steps.named_rows(opened, name, revision)
     return {"the content": source["fingerprint"]}, {"the content": rows.fingerprint}
