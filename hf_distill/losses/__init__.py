@@ -12,10 +12,11 @@ from hf_distill.losses.contrastive import contrastive_loss
 from hf_distill.losses.dkd import dkd_loss
 from hf_distill.losses.embedding_mse import embedding_mse_loss
 from hf_distill.losses.false_negatives import known_negatives_mask
-from hf_distill.losses.flops import flops_loss
+from hf_distill.losses.flops import flops_loss, sparsity_loss
 from hf_distill.losses.forgetting import lwf_loss
 from hf_distill.losses.kl import kl_loss
 from hf_distill.losses.layer_alignment import layer_alignment_loss
+from hf_distill.losses.listwise import listnet_loss, pairwise_margin_mse_loss
 from hf_distill.losses.logit_mse import logit_mse_loss
 from hf_distill.losses.margin_mse import margin_mse_loss
 from hf_distill.losses.maxsim import maxsim, own_maxsim
@@ -42,13 +43,16 @@ __all__ = [
     "kl_loss",
     "known_negatives_mask",
     "layer_alignment_loss",
+    "listnet_loss",
     "logit_mse_loss",
     "lwf_loss",
     "margin_mse_loss",
     "maxsim",
     "own_maxsim",
     "mean_teacher",
+    "pairwise_margin_mse_loss",
     "parse_terms",
     "probability_loss",
     "rank_consistency_loss",
+    "sparsity_loss",
 ]

@@ -21,6 +21,7 @@ from hf_distill.losses.flops import sparsity_loss
 from hf_distill.losses.forgetting import lwf_loss
 from hf_distill.losses.kl import kl_loss
 from hf_distill.losses.layer_alignment import layer_alignment_loss
+from hf_distill.losses.listwise import listnet_loss, pairwise_margin_mse_loss
 from hf_distill.losses.logit_mse import logit_mse_loss
 from hf_distill.losses.margin_mse import margin_mse_loss
 from hf_distill.losses.probability import probability_loss
@@ -71,6 +72,8 @@ LOSSES: dict[str, Loss] = {
     "logit_mse": Loss(logit_mse_loss),
     "probability": Loss(probability_loss),
     "margin_mse": Loss(margin_mse_loss, fewest=2),
+    "listnet": Loss(listnet_loss),
+    "pairwise_margin_mse": Loss(pairwise_margin_mse_loss, candidates=("own",)),
     "embedding_mse": Loss(embedding_mse_loss, inputs="embeddings", candidates=("own",)),
     "dkd": Loss(dkd_loss, target=True),
     "rank_consistency": Loss(rank_consistency_loss, candidates=("own",)),

@@ -25,6 +25,7 @@ from .joint import JointTraining
 from .layers import LayerTerms, compares_layers
 from .methods import method_losses
 from .retrieval import BatchScores, RetrievalTrainer
+from .sparsity import check_vocabulary
 
 
 logger = get_logger(__name__)
@@ -105,6 +106,8 @@ class DistillTrainer(JointTraining, RetrievalTrainer):
                 if term.loss.inputs != "embeddings":
                     continue
                 (teacher,) = self.teachers_of(term)
+                if self.is_lexical:
+                    check_vocabulary(model, teacher)
                 if teacher.embedding_size != model.embedding_size:
                     model.add_projection(teacher.name, teacher.embedding_size)
 

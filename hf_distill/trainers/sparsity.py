@@ -81,3 +81,20 @@ def look_at_sparsity(logs: Mapping[str, float], terms: Mapping[str, LossTerm], s
                 kind,
                 logs[f"active_terms_{kind}"],
             )
+
+
+def check_vocabulary(model: Any, teacher: Any) -> None:
+    """Raises [`InputError`] if a lexical student cannot follow a teacher's vectors term by term.
+
+    Args:
+        model: The student.
+        teacher: A teacher with embeddings; where it reads text, its vocabulary is compared too.
+    """
+    theirs = None if teacher.processor is None else teacher.processor.tokenizer.get_vocab()
+    same = theirs is None or theirs == model.tokenizer.get_vocab()
+    if teacher.embedding_size != model.embedding_size or not same:
+        raise InputError(
+            f"the vectors of the teacher {teacher.name!r} are not over the student's vocabulary",
+            where="losses",
+            cure="Follow its scores (kl, margin_mse, rank_consistency), or give a lexical teacher of this vocabulary",
+        )
