@@ -75,6 +75,23 @@ class HubClient:
         self._process.wait(timeout=30)
 
 
+def verb(*words: Any) -> tuple[int, str]:
+    """Runs a verb of the command line in this process; the exit code, and the sentence that it ended with."""
+    import contextlib
+    import io
+
+    from hf_distill.cli.main import main
+
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            main([str(word) for word in words])
+    except SystemExit as end:
+        text = errors.getvalue()
+        return end.code, text[max(text.rfind("error: "), 0) :]
+    return 0, ""
+
+
 class _Lines(logging.Handler):
     def __init__(self) -> None:
         super().__init__()

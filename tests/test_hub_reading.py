@@ -1,4 +1,4 @@
-"""Models and data from the Hub: by id and revision, tried again where that helps, and refused in one clear sentence."""
+"""Models and data from the Hub: by id and revision, tried again where that helps, refused in one clear sentence."""
 
 from __future__ import annotations
 
@@ -107,4 +107,4 @@ def test_a_broken_card_and_a_loading_script(hub, hub_client, data_files):
     hub.add_repo("alice/script", {"script.py": b"import datasets\nraise SystemExit('I ran')\n"}, kind="dataset")
     with pytest.raises(RemoteError, match="never run") as error:
         hub_client(texts, "alice/script")
-    assert error.value.kind == "InputError"
+    assert error.value.kind == "LoadingScriptError"

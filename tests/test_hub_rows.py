@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 
 import numpy as np
@@ -14,20 +13,7 @@ from hf_distill.data import Corpus, Queries, RowSet, load_collection
 from hf_distill.data.sharing import equal_rows, margin_histogram, negatives_for_all
 from hf_distill.errors import InputError
 
-
-def verb(*words):
-    """Runs a verb; the exit code, and what went to standard error."""
-    import contextlib
-
-    from hf_distill.cli.main import main
-
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            main([str(word) for word in words])
-    except SystemExit as end:
-        return end.code, errors.getvalue()
-    return 0, errors.getvalue()
+from .hub_client import verb
 
 
 @pytest.fixture()

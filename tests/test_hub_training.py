@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,52 +12,20 @@ import pytest
 
 from hf_distill.files import read_json
 
-from .hub_client import RemoteError
+from .hub_client import RemoteError, verb
 
 
-COMMON = ["--use_cpu", "true", "--per_device_train_batch_size", "8", "--num_negatives", "3", "--report_to", "none"]
-STEPS = [
-    "--learning_rate",
-    "0.003",
-    "--max_steps",
-    "6",
-    "--save_steps",
-    "2",
-    "--eval_steps",
-    "2",
-    "--mine_depth",
-    "20",
-    "--mine_negatives",
-    "8",
-]
+COMMON = (
+    "--use_cpu true --per_device_train_batch_size 8 --num_negatives 3 --report_to none --disable_tqdm true "
+    "--learning_rate 0.003 --max_steps 6 --save_steps 2 --eval_steps 2 --mine_depth 20 --mine_negatives 8"
+).split()
 NATIVE = {"config.json", "model.safetensors", "modules.json", "tokenizer.json", "1_Pooling/config.json"}
 
 
 def distill(micro, teacher, folder, *more):
-    """Runs the verb; the exit code, and what went to standard error."""
-    import contextlib
-    import io
-
-    from hf_distill.cli.main import main
-
-    words = [
-        "distill",
-        "--data",
-        str(micro),
-        "--teacher",
-        str(teacher),
-        "--student",
-        "layers:2",
-        "--baseline",
-        "false",
-    ]
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            main([*words, "--output_dir", str(folder), *COMMON, *STEPS, *map(str, more)])
-    except SystemExit as end:
-        return end.code, errors.getvalue()
-    return 0, errors.getvalue()
+    """Runs the verb on the micro corpus; see [`verb`]."""
+    words = ["distill", "--data", micro, "--teacher", teacher, "--student", "layers:2", "--baseline", "false"]
+    return verb(*words, "--output_dir", folder, *COMMON, *more)
 
 
 PUSH = ["--push_to_hub", "true", "--hub_model_id", "alice/student"]
@@ -77,21 +46,20 @@ def test_a_student_is_pushed_and_opens_elsewhere(hub, hub_client, micro, tiny_be
         assert NATIVE | {"README.md", "run_manifest.json"} <= set(commit.files), commit.title
     card = files["README.md"].decode()
     assert 'SentenceTransformer("alice/student")' in card and "name: nDCG@10" in card
-    expected = _vectors(str(local), tmp_path, {"HF_HUB_OFFLINE": "1"})
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    found = _vectors("alice/student", elsewhere, hub.environment(elsewhere / "home"))
-    assert found == expected
+    here, there = _vectors([str(local), "alice/student"], elsewhere, hub.environment(elsewhere / "home"))
+    assert here == there
 
 
-def _vectors(name, folder, variables):
+def _vectors(names, folder, variables):
     """Embeddings by sentence-transformers, in a process that cannot import this package."""
     code = f"""
 import sys, json
 sys.modules["hf_distill"] = None
 from sentence_transformers import SentenceTransformer
-model = SentenceTransformer({name!r}, device="cpu")
-print(json.dumps(model.encode_query(["how do I bake bread", "stars at night"]).tolist()))
+texts = ["how do I bake bread", "stars at night"]
+print(json.dumps([SentenceTransformer(name, device="cpu").encode_query(texts).tolist() for name in {names!r}]))
 """
     environment = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"} | variables
     done = subprocess.run(
@@ -156,3 +124,121 @@ def _distill_until(step, *args):
         return distill(*args)
     finally:
         BaseTrainer.__init__ = prepare
+
+
+def test_a_hub_that_fails_meanwhile_loses_nothing(hub, hub_client, micro, tiny_bert, tmp_path):
+    """Every push fails: one sentence for each, the run is complete here, the exit code says that it is not there."""
+    plain, folder = tmp_path / "plain", tmp_path / "student"
+    assert hub_client(distill, micro, tiny_bert, plain)[0] == 0
+    hub.fail("commit", 503, times=float("inf"))
+    code, errors = hub_client(distill, micro, tiny_bert, folder, *PUSH)
+    assert code == 3
+    assert errors.startswith(f"error: {folder} is complete on this machine but was not pushed to alice/student: ")
+    assert errors.rstrip().endswith(f"hf-distill push {folder} --repo_id alice/student.")
+    sentences = [line for line in hub_client.log if "training goes on" in line]
+    assert sentences and all(
+        line.startswith("Training in progress, step ") and "the Hub failed (503)" in line for line in sentences
+    )
+    assert (folder / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+    assert set(read_json(folder / "metrics.json")["micro/test"]) >= {"student", "teacher"}
+    assert not list(folder.glob(".push-*"))
+    hub.faults.clear()
+    assert hub_client(verb, "push", folder, "--repo_id", "alice/student")[0] == 0
+    assert 'SentenceTransformer("alice/student")' in hub.repo("alice/student").files()["README.md"].decode()
+    assert hub_client(distill, micro, tiny_bert, folder, *PUSH)[0] == 0, "and the same command again is the same run"
+
+
+@pytest.mark.parametrize(("fault", "times"), [("delete", 1), ("cut", 40)])
+def test_faults_in_the_middle_of_training(hub, hub_client, micro, tiny_bert, tmp_path, fault, times):
+    """The Hub fails from the second state on and is back at the end, unless somebody has deleted the repository."""
+    hub.fail("commit", fault, nth=2, times=times)
+    folder = tmp_path / "student"
+    code, errors = hub_client(distill, micro, tiny_bert, folder, *PUSH, "--hub_always_push", "true")
+    assert (folder / "model.safetensors").is_file() and (folder / "run_manifest.json").is_file()
+    assert sum("training goes on" in line for line in hub_client.log) >= 1
+    if code == 0:
+        assert hub.repo("alice/student").files()["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    else:
+        assert code == 3 and "Push it later" in errors
+
+
+def test_a_slow_hub_does_not_hold_training(hub, hub_client, micro, tiny_bert, tmp_path):
+    hub.fail("commit", "slow", seconds=1.0)
+    assert hub_client(distill, micro, tiny_bert, tmp_path / "student", *PUSH)[0] == 0
+    history = hub.repo("alice/student").history()
+    assert history[0] == "End of training" and len(history) < 5, "states that would wait are left to later ones"
+
+
+def test_what_cannot_be_pushed_is_said_before_the_work(hub, hub_client, micro, tiny_bert, tmp_path):
+    for env, name, words in (
+        ({"HF_TOKEN": None}, "alice/student", "nobody is logged in"),
+        ({"HF_TOKEN": "hf_wrong"}, "alice/student", "does not know the token"),
+        ({"HF_TOKEN": "hf_bob"}, "alice/student", "may not write there"),
+        ({}, "alice/a/student", "no id of a repository"),
+    ):
+        push = ["--push_to_hub", "true", "--hub_model_id", name]
+        code, errors = hub_client(distill, micro, tiny_bert, tmp_path / "student", *push, env=env)
+        assert code == 2 and words in errors and "hf_wrong" not in errors, errors
+    hub_client(distill, micro, tiny_bert, tmp_path / "one", *PUSH)
+    code, errors = hub_client(distill, micro, tiny_bert, tmp_path / "two", *PUSH, "--seed", "7")
+    assert code == 2 and "alice/student: the repository holds another run" in errors
+    assert not list((tmp_path / "two").glob("*.safetensors"))
+
+
+def test_every_checkpoint_and_what_cannot_be_resumed(hub, hub_client, micro, tiny_bert, tmp_path):
+    name, every = ["--hub_model_id", "alice/every"], ["--hub_strategy", "all_checkpoints", "--hub_always_push", "true"]
+    assert hub_client(distill, micro, tiny_bert, tmp_path / "a", "--push_to_hub", "true", *name, *every)[0] == 0
+    repo = hub.repo("alice/every")
+    folders = {path.split("/")[0] for path in repo.files() if path.startswith("checkpoint-")}
+    assert folders == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+    assert "optimizer.pt" not in repo.files() and "checkpoint-2/optimizer.pt" in repo.files()
+    resume = ["--resume_from_checkpoint", "alice/every"]
+    hub.fail(r"GET .*checkpoint-6/model\.safetensors", "corrupt")
+    code, errors = hub_client(distill, micro, tiny_bert, tmp_path / "b", *resume)
+    assert code == 2 and "model.safetensors: the downloaded file is damaged" in errors
+    code, _ = hub_client(distill, micro, tiny_bert, tmp_path / "b", *resume)
+    assert code == 0 and any("going on from step 6" in line for line in hub_client.log)
+    a, b = (tmp_path / folder / "model.safetensors" for folder in "ab")
+    assert a.read_bytes() == b.read_bytes()
+    hub.add_repo("alice/bare", {"config.json": b"{}"})
+    for wanted, more, words in (
+        ("alice/bare", [], "holds no checkpoint to go on from.*hub_strategy checkpoint"),
+        ("alice/nothing", [], "does not exist, or this account may not see it"),
+        ("alice/every@v9", [], "revision"),
+        ("alice/every", ["--seed", "5"], "checkpoint of another run.*seed: 42, here 5"),
+    ):
+        resume = ["--resume_from_checkpoint", wanted, *more]
+        code, errors = hub_client(distill, micro, tiny_bert, tmp_path / f"c{len(words)}", *resume)
+        assert code == 2 and re.search(words, errors), errors
+
+
+def _train_in_a_program(micro, bert, folder, **more):
+    """A program of one's own: a trainer, its arguments, and nothing else."""
+    from hf_distill.data import RowSet, load_collection
+    from hf_distill.models import DenseRetriever
+    from hf_distill.trainers import RetrievalTrainer, RetrievalTrainingArguments
+
+    collection = load_collection(micro)
+    rows = RowSet.from_qrels(collection, "train")
+    args = RetrievalTrainingArguments(
+        output_dir=str(folder), use_cpu=True, max_steps=2, save_steps=1, per_device_train_batch_size=4,
+        num_negatives=0, report_to="none", push_to_hub=True, hub_token="hf_alice", **more,
+    )  # fmt: skip
+    trainer = RetrievalTrainer(DenseRetriever.from_pretrained(bert), args, rows=rows)
+    trainer.train()
+    return trainer.push_to_hub().url
+
+
+def test_a_program_of_ones_own(hub, hub_client, micro, tiny_bert, tmp_path):
+    folder = tmp_path / "retriever"
+    nobody = {"HF_TOKEN": None}
+    url = hub_client(_train_in_a_program, micro, tiny_bert, folder, env=nobody, hub_private_repo=True)
+    repo = hub.repo("alice/retriever")
+    assert url == f"{hub.url}/alice/retriever" and repo.private
+    assert NATIVE | {"README.md", "run_manifest.json", "training_args.json"} <= set(repo.files())
+    assert not any(b"hf_alice" in content for content in repo.files().values())
+    assert json.loads(repo.files()["run_manifest.json"])["training"]["steps"] == 2
+    with pytest.raises(RemoteError, match="another run"):
+        hub_client(
+            _train_in_a_program, micro, tiny_bert, tmp_path / "two", hub_model_id="retriever", learning_rate=1e-6
+        )

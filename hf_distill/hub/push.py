@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import shlex
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -213,6 +214,8 @@ def _push_once(
     """One try; returns the commit that holds the files, and notes in `heads` where the branch was before."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+    # Per-query figures belong to a model's results.
+    warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
     api = HfApi(token=target.token)
     head, known = _look(api, repo_id, target, run)
     heads.append(head)
