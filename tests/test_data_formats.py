@@ -449,7 +449,7 @@ def test_a_file_of_rows_is_a_row_set(msmarco):
     assert contents(rows) == {"10": {"ids": ["3", "4"], "positives": 0, "sources": ["bm25", "bm25"]}}
     with pytest.raises(InputError, match="bm25.tsv, line 1, field 'document_ids': '77' is not among the 5 documents"):
         RowSet.load(write(path, "10\t77,3\n"), collection.queries, collection.corpus)
-    with pytest.raises(InputError, match="nothing.txt: it does not show what it is. Say it, for example --input"):
+    with pytest.raises(InputError, match="nothing.txt: no file to read. A row set lies in .parquet or .jsonl files"):
         RowSet.load(write(msmarco.parent / "nothing.txt", "words\n"), collection.queries, collection.corpus)
 
 

@@ -92,7 +92,7 @@ class Collection:
         opened = self._source_of(name)
         return StreamedRows.from_source(opened, name, self.queries, self.corpus, cache_dir=self._cache_dir)
 
-    def _source_of(self, name: str) -> LocalSource | HubSource:
+    def _source_of(self, name: str) -> Source:
         if self._opened is None or name not in self._opened.configs() or name in RESERVED_CONFIGS:
             raise InputError(
                 f"no row set {name!r}",
@@ -108,11 +108,11 @@ def open_row_set(
     *,
     revision: str | None = None,
     cache_dir: str | os.PathLike | None = None,
-) -> tuple[LocalSource | HubSource, str]:
+) -> tuple[Source, str]:
     """Where a row set lies, and its name there.
 
     Args:
-        source: The folder of a row set, a file of rows, or a repository on the Hub.
+        source: The folder of a row set, a file of rows (also of a foreign format), or a repository on the Hub.
         config: The row set's name, where `source` holds several.
         revision: Branch, tag or commit on the Hub.
         cache_dir: Instead of the default cache folder.
@@ -123,7 +123,13 @@ def open_row_set(
     path = Path(source)
     if config is None and path.exists():
         path = path.resolve() if path.name in ("", "..") else path
-        opened: LocalSource | HubSource = LocalSource(path.parent, cache_dir, only=path.name)
+        opened: Source = LocalSource(path.parent, cache_dir, only=path.name)
+        if not any(_is_row_set(opened, name) for name in opened.configs()):
+            from hf_distill.data.formats.opening import open_rows
+
+            foreign = open_rows(path, cache_dir)
+            if foreign is not None:
+                return foreign, foreign.row_sets()[0]
     else:
         opened = open_source(source, revision, cache_dir)
     there = [name for name in opened.configs() if name not in RESERVED_CONFIGS]
@@ -131,7 +137,7 @@ def open_row_set(
     if len(names) != 1:
         problem = f"no row set {config!r}" if config else "several row sets" if names else "no file to read"
         cure = f"Name one of: {', '.join(there)}" if there else "A row set lies in .parquet or .jsonl files"
-        raise InputError(problem, where=opened.where, cure=cure)
+        raise InputError(problem, where=str(path) if path.exists() else opened.where, cure=cure)
     return opened, names[0]
 
 

@@ -17,9 +17,7 @@ from hf_distill.data import schema
 from hf_distill.data.arrow import BLOCK_ROWS, Column, ContentHash, build_once, open_arrow, write_arrow
 from hf_distill.data.lists import ListView, list_column
 from hf_distill.data.readers import Block
-from hf_distill.data.row_columns import is_row_block
 from hf_distill.data.rows_io import clean_rows, foreign_sides, write_rows
-from hf_distill.data.sources import LocalSource
 from hf_distill.data.tables import CACHE_VERSION, Corpus, Queries
 from hf_distill.errors import InputError
 from hf_distill.files import cache_folder, fingerprint, read_json, write_json
@@ -177,17 +175,10 @@ class RowSet:
             folder = folder.resolve()
         if not folder.exists():
             raise InputError("no such folder", where=str(folder), cure="Name the folder of a saved row set")
-        source = LocalSource(folder.parent, cache_dir, only=folder.name) if folder.is_dir() else None
-        named = source is not None and bool(source.configs())
-        if not named or not is_row_block(source.columns(folder.name)):
-            from hf_distill.data.formats.opening import open_rows
+        from hf_distill.data.collection import open_row_set
 
-            foreign = open_rows(folder, cache_dir)
-            if foreign is not None:
-                return cls.from_source(foreign, foreign.row_sets()[0], queries, corpus, cache_dir=cache_dir)
-        if not named:
-            raise InputError("no file to read", where=str(folder), cure="A row set lies in .parquet or .jsonl files")
-        return cls.from_source(source, folder.name, queries, corpus, cache_dir=cache_dir)
+        source, name = open_row_set(folder, cache_dir=cache_dir)
+        return cls.from_source(source, name, queries, corpus, cache_dir=cache_dir)
 
     @classmethod
     def from_source(

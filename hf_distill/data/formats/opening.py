@@ -161,25 +161,28 @@ def open_inputs(
 
 
 def open_rows(path: str | os.PathLike, cache_dir: str | os.PathLike | None = None) -> FormatSource | None:
-    """A file or folder that holds exactly one row set in a foreign format; None where a folder holds none.
+    """A file or folder that holds exactly one row set in a foreign format; None where none is recognised.
 
     Raises:
-        InputError: A pickle, a file that is no row set, several row sets.
+        InputError: A pickle, several row sets.
     """
     path = Path(path)
-    inputs = list(scan(path)) if path.is_dir() else _inputs(str(path), None, None, None, False, None)
-    source = FormatSource(inputs, path.name, str(path), cache_dir=cache_dir)
-    sets = source.row_sets()
-    if len(sets) == 1:
-        return source
-    pickles = [file for file in sorted(path.iterdir()) if is_pickle(file)] if path.is_dir() else []
-    if pickles:
-        raise refuse_pickle(pickles[0])
-    if path.is_dir() and not sets:
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    for file in files:
+        if is_pickle(file):
+            raise refuse_pickle(file)
+    try:
+        inputs = list(scan(path)) if path.is_dir() else [found for found in (detect(path),) if found is not None]
+    except InputError as error:  # whoever reads the file says what is wrong with it
+        logger.debug("%s: %s", path, error)
         return None
-    raise InputError(
-        f"{len(sets)} row sets where one is expected", where=str(path), cure="Name the file of one row set"
-    )
+    source = FormatSource([item for item in inputs if item.kind != COLUMNS], path.name, str(path), cache_dir=cache_dir)
+    sets = source.row_sets()
+    if len(sets) > 1:
+        raise InputError(
+            f"{len(sets)} row sets where one is expected", where=str(path), cure="Name the file of one row set"
+        )
+    return source if sets else None
 
 
 def is_collection(opened: LocalSource | HubSource) -> bool:
