@@ -12,10 +12,10 @@ from hf_distill.data import RowSet, load_collection
 from hf_distill.data.collators import RetrievalCollator
 from hf_distill.data.negatives import TrainingRows
 from hf_distill.errors import InputError
-from hf_distill.losses import contrastive_loss, kl_loss, layer_alignment_loss, maxsim
+from hf_distill.losses import contrastive_loss, interaction_map_loss, kl_loss, layer_alignment_loss, maxsim
 from hf_distill.models import CrossEncoderRanker, DenseRetriever, MultiVectorRetriever, student_from
 from hf_distill.models.base import block_list
-from hf_distill.models.layer_scores import vector_layer_scores
+from hf_distill.models.layer_scores import LayerTokens, vector_layer_scores
 from hf_distill.models.multi_vector import token_scores
 from hf_distill.retrieval import score_layers, score_rows
 from hf_distill.teachers import CachedScores, LiveTeacher
@@ -393,3 +393,62 @@ def test_columns_of_other_texts_or_weights_are_refused(tiny_bert, rows, tmp_path
         DistillTrainer(student_from("layers:2", make("dense", tiny_bert)), args, [cached], rows=scored)
     with pytest.raises(InputError, match="has the layers 1 to 4, not 5"):
         score_layers(teacher, rows, layers=[5])
+
+
+def test_interaction_maps_of_the_original():
+    with np.load(GOLDEN / "lead_virt_baseline.npz") as arrays:
+        case = {key: torch.from_numpy(np.array(arrays[key])) for key in arrays.files}
+    masks = [torch.arange(5 - short) < case[key][:, None] for short, key in ((1, "query_len"), (0, "doc_len"))]
+    tokens = {}
+    for who in ("student", "teacher"):
+        chosen = case[f"sel_{who}"].long()
+        query, passage = case[f"{who}_q"][:, chosen].float(), case[f"{who}_d"][:, chosen].float()
+        tokens[who] = LayerTokens(query, passage.unflatten(0, (3, 3)), masks[0], masks[1].unflatten(0, (3, 3)))
+    maps = {who: one.maps(tokens["student"], "in_batch") for who, one in tokens.items()}
+    for who, found in maps.items():
+        torch.testing.assert_close(found, case[f"{who}_map"].float(), atol=1e-5, rtol=1e-5)
+    loss = interaction_map_loss(maps["student"], maps["teacher"])
+    torch.testing.assert_close(loss, case["loss"].float(), atol=1e-5, rtol=1e-5)
+    own = tokens["student"].maps(tokens["student"], "own")
+    for row in range(3):
+        torch.testing.assert_close(own[:, row], maps["student"][:, row, 3 * row : 3 * row + 3])
+
+
+def test_virt_trains_students_that_read_the_same_tokens(tiny_bert, tmp_path, rows):
+    teacher = make("dense", tiny_bert, pooling="cls")
+    student = student_from("layers:2", teacher)
+    args = arguments(tmp_path, method="attention", max_steps=2)
+    trainer = DistillTrainer(student, args, [LiveTeacher("teacher", teacher)], rows=rows)
+    assert trainer.terms["interaction_maps"].candidates == "in_batch"
+    logged = history(trainer)
+    assert all(entry["interaction_maps"] > 0 for entry in logged)
+    for other, problem in (
+        (make("tokens", tiny_bert), "query_prompt.* differ.*layer_alignment"),
+        (make("dense", tiny_bert, query_length=9), "query_length differ"),
+        (make("pair", tiny_bert), "no token vectors"),
+        (CachedScores("teacher", layer_column="layer_scores_x", layers=[1, 2]), "only stored scores"),
+    ):
+        other = other if isinstance(other, CachedScores) else LiveTeacher("teacher", other)
+        losses = '[{"name": "interaction_maps", "candidates": "own"}]'
+        with pytest.raises(InputError, match=problem):
+            DistillTrainer(student_from("layers:2", teacher), arguments(tmp_path, losses=losses), [other], rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("method", "terms"),
+    [
+        ("none", {"contrastive"}),
+        ("response", {"kl"}),
+        ("labelled_response", {"contrastive", "kl"}),
+        ("embedding", {"contrastive", "embedding_mse"}),
+        ("lead_uniform", {"contrastive", "kl", "layer_alignment"}),
+    ],
+)
+def test_baselines_are_switches(method, terms, tiny_bert, tmp_path, rows):
+    teacher = LiveTeacher("teacher", make("dense", tiny_bert))
+    args = arguments(tmp_path, method=method, max_steps=1)
+    trainer = DistillTrainer(student_from("layers:2", make("dense", tiny_bert)), args, [teacher], rows=rows)
+    assert set(trainer.terms) == terms
+    if method == "lead_uniform":
+        assert trainer.terms["layer_alignment"].options == {"reweight": False}
+    assert np.isfinite(history(trainer)[0]["loss"])

@@ -91,18 +91,21 @@ class Report:
         else:
             run = search(model, self.data.collection, self.queries, self.depth, factory=self.index, **self.encode)
             figures = {**model_figures(model), "passages_per_second": self.speed(model)}
-            if model.embedding_size is not None:
-                figures["index_bytes"] = self._index_bytes(model)
+            figures["index_bytes"] = self._index_bytes(model)
         self.run(name, run, figures)
 
     def _index_bytes(self, model: RetrievalModel) -> int:
-        """Size of what a search goes through: all vectors, or a lexical model's postings."""
+        """Size of what a search goes through: all vectors, token vectors, or a lexical model's postings."""
         from ..retrieval import encode_table
         from ..retrieval.searching import build_index
 
         if model.representation == "sparse":
             vectors = encode_table(model, self.data.collection.corpus, "passage", **self.encode)
             return build_index(vectors, model, self.index, cache_dir=self.encode.get("cache_dir")).num_bytes
+        if model.representation == "tokens":
+            settings = {**self.encode, "storage": "float16"}
+            tokens = encode_table(model, self.data.collection.corpus, "passage", **settings)
+            return 2 * int(tokens.offsets[-1]) * tokens.dim
         width = {"float16": 2}.get(self.encode.get("storage", ""), 4)
         return len(self.data.collection.corpus) * model.embedding_size * width
 

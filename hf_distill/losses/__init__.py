@@ -14,6 +14,7 @@ from hf_distill.losses.embedding_mse import embedding_mse_loss
 from hf_distill.losses.false_negatives import known_negatives_mask
 from hf_distill.losses.flops import flops_loss, sparsity_loss
 from hf_distill.losses.forgetting import lwf_loss
+from hf_distill.losses.interaction_maps import interaction_map_loss, interaction_maps
 from hf_distill.losses.kl import kl_loss
 from hf_distill.losses.layer_alignment import layer_alignment_loss
 from hf_distill.losses.listwise import listnet_loss, pairwise_margin_mse_loss
@@ -40,6 +41,8 @@ __all__ = [
     "embedding_mse_loss",
     "fit_temperature",
     "flops_loss",
+    "interaction_map_loss",
+    "interaction_maps",
     "kl_loss",
     "known_negatives_mask",
     "layer_alignment_loss",

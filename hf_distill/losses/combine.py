@@ -19,6 +19,7 @@ from hf_distill.losses.dkd import dkd_loss
 from hf_distill.losses.embedding_mse import embedding_mse_loss
 from hf_distill.losses.flops import sparsity_loss
 from hf_distill.losses.forgetting import lwf_loss
+from hf_distill.losses.interaction_maps import interaction_map_loss
 from hf_distill.losses.kl import kl_loss
 from hf_distill.losses.layer_alignment import layer_alignment_loss
 from hf_distill.losses.listwise import listnet_loss, pairwise_margin_mse_loss
@@ -33,7 +34,8 @@ CANDIDATES = ("own", "in_batch", "global")
 # The teacher of losses that hold the student near what it was when its training began.
 ANCHOR = "anchor"
 _GIVEN = {"scores", "student_scores", "teacher_scores", "anchor_scores", "student", "teacher", "representations"}
-_GIVEN |= {"target", "mask", "reduce", "query", "passage", "query_counts", "passage_counts"}
+_GIVEN |= {"student_maps", "teacher_maps", "target", "mask", "reduce"}
+_GIVEN |= {"query", "passage", "query_counts", "passage_counts"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Loss:
 
     Args:
         function: The loss.
-        inputs: What it compares: `scores` [Q, C], `layer_scores` [K, Q, C], `embeddings` [T, D] or the
+        inputs: What it compares: `scores` [Q, C], `layer_scores` [K, Q, C],
+            `layer_tokens` [T, K, L, H], `embeddings` [T, D] or the
             `representations` [R, V] of lexical models.
         teacher: Whether it needs a teacher.
         target: Whether it is empty for queries without a known positive.
@@ -78,6 +81,7 @@ LOSSES: dict[str, Loss] = {
     "dkd": Loss(dkd_loss, target=True),
     "rank_consistency": Loss(rank_consistency_loss, candidates=("own",)),
     "layer_alignment": Loss(layer_alignment_loss, inputs="layer_scores"),
+    "interaction_maps": Loss(interaction_map_loss, inputs="layer_tokens", candidates=("in_batch", "own")),
     "flops": Loss(sparsity_loss, inputs="representations", teacher=False, candidates=("own",)),
 }
 

@@ -21,7 +21,7 @@ from ..files import staged_files
 from . import layouts
 from .candidates import CANDIDATES, arrange, candidate_scores
 from .dropout import FastDropout
-from .layer_scores import check_layers, vector_layer_scores
+from .layer_scores import LayerTokens, check_layers, vector_layer_scores
 from .loading import position_offset, quiet_transformers
 from .memory import return_freed_memory
 from .processing import DEFAULT_TEMPLATE, TextProcessor
@@ -153,6 +153,18 @@ class RetrievalModel(PreTrainedModel):
         See [`hf_distill.models.layer_scores`] for how a layer becomes scores.
         """
         return vector_layer_scores(*arrange(*output.layers, batch), candidates)
+
+    def layer_tokens(self, output: Any, batch: Mapping[str, Any]) -> LayerTokens:
+        """The tokens of the layers that `forward` was asked for, with `layer_tokens` set.
+
+        Raises:
+            InputError: If the model reads query and passage together.
+        """
+        raise InputError(
+            f"a {type(self).__name__} has no token vectors of queries and passages apart",
+            where="losses",
+            cure="Compare rankings of layers instead (layer_alignment), which needs no common tokens",
+        )
 
     # -------------------------------------------------------------------------------------------------- running
 

@@ -17,7 +17,8 @@ from transformers.utils import ModelOutput
 from ..errors import InputError
 from . import layouts
 from .base import RetrievalConfig, RetrievalModel, block_list, freeze_unused, plain_model
-from .layer_scores import block_outputs
+from .candidates import arrange
+from .layer_scores import LayerTokens, block_outputs, pad_tokens
 from .layouts import Layout, ProjectionLayout, TowerLayout
 from .loading import choose_length, load_backbone, load_tokenizer
 from .processing import TextProcessor, tokenizer_fingerprint
@@ -71,12 +72,14 @@ class RetrieverOutput(ModelOutput):
         passage: Float32 `[T, D]`, one vector a text of the passage batch.
         projected: For every projection in `training_modules` its (query, passage) vectors.
         layers: For the chosen layers the pooled (query, passage) vectors, float32 `[T, K, H]` each.
+        layer_tokens: Where they were asked for, the tokens' hidden states `[T, K, L, H]` of both, then their masks.
     """
 
     query: torch.Tensor | None = None
     passage: torch.Tensor | None = None
     projected: dict[str, tuple] | None = field(default=None)
     layers: tuple | None = None
+    layer_tokens: tuple | None = None
 
 
 class Projection(nn.Linear):
@@ -254,7 +257,8 @@ class DenseRetriever(RetrievalModel):
         kind: Kind,
         embeddings: torch.Tensor | None = None,
         layers: Sequence[int] = (),
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        layer_tokens: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Vectors of one padded chunk.
 
         Args:
@@ -262,12 +266,14 @@ class DenseRetriever(RetrievalModel):
             kind: Which tower reads it.
             embeddings: Its word embeddings `[t, l, H]`, where they are known already.
             layers: Numbers of layers, from 1, whose pooled vectors are wanted too.
+            layer_tokens: Whether their tokens are wanted as well.
 
         Returns:
-            Float32 `[t, D]`; with `layers` also `[t, K, H]`, neither projected nor normalised.
+            Float32 `[t, D]`; with `layers` also `[t, K, H]`, neither projected nor normalised; with `layer_tokens`
+            also the mask `[t, l]` and the hidden states `[t, K, l, H]`.
         """
         if layers:
-            return self._encode_layers(chunk, kind, embeddings, layers)
+            return self._encode_layers(chunk, kind, embeddings, layers, layer_tokens)
         second = kind == "passage"
         tower = self.passage_backbone if second and self.passage_backbone is not None else self.backbone
         hidden = tower(**self._inputs(tower, chunk, embeddings)).last_hidden_state
@@ -278,20 +284,29 @@ class DenseRetriever(RetrievalModel):
         return F.normalize(vectors, dim=-1) if self.config.normalize else vectors
 
     def _encode_layers(
-        self, chunk: Mapping[str, torch.Tensor], kind: Kind, embeddings: torch.Tensor | None, layers: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        chunk: Mapping[str, torch.Tensor],
+        kind: Kind,
+        embeddings: torch.Tensor | None,
+        layers: Sequence[int],
+        layer_tokens: bool,
+    ) -> tuple[torch.Tensor, ...]:
         second = kind == "passage" and self.passage_backbone is not None
         tower = self.passage_backbone if second else self.backbone
         with block_outputs(block_list(plain_model(tower))[1], layers) as found:
             vectors = self.encode(chunk, kind, embeddings)
         pooled = [pool(found[number], chunk["attention_mask"], self.config.pooling) for number in layers]
-        return vectors, torch.stack(pooled, 1)
+        if not layer_tokens:
+            return vectors, torch.stack(pooled, 1)
+        tokens = torch.stack([found[number].float() for number in layers], 1)
+        return vectors, torch.stack(pooled, 1), chunk["attention_mask"].bool(), tokens
 
     def forward(
         self,
         query: Mapping[str, Any] | None = None,
         passage: Mapping[str, Any] | None = None,
         layers: Sequence[int] = (),
+        layer_tokens: bool = False,
     ) -> RetrieverOutput:
         """Vectors of a batch of queries and a batch of passages, in one call.
 
@@ -300,6 +315,7 @@ class DenseRetriever(RetrievalModel):
                 `[T]`, which restores the order of the texts.
             passage: The same for passages.
             layers: Numbers of layers, from 1, whose pooled vectors are wanted too.
+            layer_tokens: Whether their tokens' hidden states are wanted as well.
         """
         batches = {kind: batch for kind, batch in (("query", query), ("passage", passage)) if batch is not None}
         if self.passage_backbone is None:
@@ -317,10 +333,16 @@ class DenseRetriever(RetrievalModel):
             )
         vectors: dict[str, torch.Tensor] = {}
         of_layers: dict[str, torch.Tensor] = {}
+        tokens: dict[str, list[torch.Tensor]] = {}
         for kind, batch in batches.items():
             parts: list[Any] = [
-                self._maybe_recompute(self.encode, chunk, kind, next(embeddings), layers) for chunk in batch["chunks"]
+                self._maybe_recompute(self.encode, chunk, kind, next(embeddings), layers, layer_tokens)
+                for chunk in batch["chunks"]
             ]
+            if layer_tokens and layers:
+                longest = max(part[2].shape[1] for part in parts)
+                padded = [(pad_tokens(part[2], longest, 1), pad_tokens(part[3], longest, 2)) for part in parts]
+                tokens[kind] = [torch.cat(same)[batch["inverse"]] for same in zip(*padded)]
             if layers:
                 of_layers[kind] = torch.cat([part[1] for part in parts])[batch["inverse"]]
                 parts = [part[0] for part in parts]
@@ -338,7 +360,12 @@ class DenseRetriever(RetrievalModel):
             passage=passage_vectors,
             projected=projected or None,
             layers=(of_layers.get("query"), of_layers.get("passage")) if layers else None,
+            layer_tokens=tuple(tokens[kind][part] for part in (1, 0) for kind in tokens) if tokens else None,
         )
+
+    def layer_tokens(self, output: Any, batch: Mapping[str, Any]) -> LayerTokens:
+        query, passage, query_mask, passage_mask = output.layer_tokens
+        return LayerTokens(*arrange(query, passage, batch), *arrange(query_mask, passage_mask, batch))
 
     def add_projection(self, name: str, dimension: int) -> None:
         """Adds a linear layer from this model's vectors to `dimension`, trained along but not exported.

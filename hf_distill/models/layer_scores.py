@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..distributed import gather_rows
 from ..errors import InputError
+from ..losses.interaction_maps import interaction_maps
 
 
 @contextlib.contextmanager
@@ -78,3 +81,43 @@ def vector_layer_scores(query: torch.Tensor, passage: torch.Tensor, candidates: 
         if candidates == "global":
             query, passage = gather_rows(query), gather_rows(passage)
         return query.transpose(0, 1) @ passage.permute(1, 2, 0)
+
+
+@dataclass
+class LayerTokens:
+    """Hidden states of the tokens of a batch, in the fixed layout.
+
+    Args:
+        query: `[Q, K, Lq, H]`.
+        passage: `[Q, M, K, Ld, H]`.
+        query_mask: Boolean `[Q, Lq]`.
+        passage_mask: Boolean `[Q, M, Ld]`.
+    """
+
+    query: torch.Tensor
+    passage: torch.Tensor
+    query_mask: torch.Tensor
+    passage_mask: torch.Tensor
+
+    def maps(self, like: LayerTokens, candidates: str) -> torch.Tensor:
+        """The interaction maps `[K, Q, C, Lq, Ld]` of each layer, of the tokens that `like` counts.
+
+        Args:
+            like: Whose masks and lengths decide: the student's, for both sides of a comparison.
+            candidates: `"own"` or `"in_batch"`.
+        """
+        query_length, passage_length = like.query_mask.shape[-1], like.passage_mask.shape[-1]
+        query = self.query[:, :, :query_length].transpose(0, 1)[:, :, None]  # [K, Q, 1, Lq, H]
+        passage, mask = self.passage[:, :, :, :passage_length].float(), like.passage_mask
+        if candidates == "own":
+            passage = passage.permute(2, 0, 1, 3, 4)  # [K, Q, M, Ld, H]
+        else:
+            passage = passage.flatten(0, 1).transpose(0, 1)[:, None]  # [K, 1, C, Ld, H]
+            mask = mask.flatten(0, 1)[None]
+        return interaction_maps(query.float(), passage, like.query_mask[:, None], mask)
+
+
+def pad_tokens(tensor: torch.Tensor, length: int, dim: int) -> torch.Tensor:
+    """`tensor` with zeros (False) after it up to `length` along `dim`."""
+    missing = length - tensor.shape[dim]
+    return F.pad(tensor, (0, 0) * (tensor.dim() - dim - 1) + (0, missing)) if missing else tensor

@@ -20,7 +20,7 @@ from . import layouts
 from .base import RetrievalConfig, RetrievalModel, freeze_unused, plain_model
 from .candidates import arrange
 from .dense import Kind, Projection, load_projection
-from .layer_scores import block_outputs
+from .layer_scores import LayerTokens, block_outputs, pad_tokens
 from .layouts import ProjectionLayout
 from .loading import choose_length, load_backbone, load_tokenizer, longest_input, quiet_transformers
 from .processing import TextProcessor
@@ -339,6 +339,7 @@ class MultiVectorRetriever(RetrievalModel):
         query: Mapping[str, Any] | None = None,
         passage: Mapping[str, Any] | None = None,
         layers: Sequence[int] = (),
+        layer_tokens: bool = False,
     ) -> MultiVectorOutput:
         """Token vectors of a batch of queries and a batch of passages, in one call.
 
@@ -347,6 +348,7 @@ class MultiVectorRetriever(RetrievalModel):
                 `[T]`, which restores the order of the texts.
             passage: The same for passages.
             layers: Numbers of layers, from 1, whose hidden states are wanted too.
+            layer_tokens: As in other retrievers; here a layer always is its tokens.
         """
         batches = {kind: batch for kind, batch in (("query", query), ("passage", passage)) if batch is not None}
         seen = [
@@ -361,7 +363,7 @@ class MultiVectorRetriever(RetrievalModel):
                 self._maybe_recompute(self.encode, chunk, kind, next(embeddings), layers) for chunk in batch["chunks"]
             ]
             longest = max(part[1].shape[1] for part in parts)
-            padded = [[_pad_tokens(one, longest, dim) for one, dim in zip(part, (1, 1, 2))] for part in parts]
+            padded = [[pad_tokens(one, longest, dim) for one, dim in zip(part, (1, 1, 2))] for part in parts]
             found[kind] = TokenVectors(*(torch.cat(same)[batch["inverse"]] for same in zip(*padded)))
         both = [found.get("query"), found.get("passage")]
         return MultiVectorOutput(
@@ -384,7 +386,14 @@ class MultiVectorRetriever(RetrievalModel):
             ]
         )
 
+    def layer_tokens(self, output: Any, batch: Mapping[str, Any]) -> LayerTokens:
+        layers, masks = output.layers, (output.query[1], output.passage[1])
+        return LayerTokens(*arrange(*layers, batch), *arrange(*masks, batch))
+
     # --------------------------------------------------------------------------------------------------- saving
+
+    def check_export(self) -> None:
+        check_exportable(self.config)
 
     def save_pretrained(self, *arguments: Any, **options: Any) -> None:
         """Writes the native folder: PyLate's layout where it fits, else that of sentence-transformers 6.
@@ -392,7 +401,7 @@ class MultiVectorRetriever(RetrievalModel):
         Raises:
             InputError: For the layout of LEAD, which no library opens.
         """
-        check_exportable(self.config)
+        self.check_export()
         super().save_pretrained(*arguments, **options)
 
     def _export(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
@@ -450,13 +459,7 @@ def token_scores(
 def _gather_tokens(vectors: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`[n, L, D]` and `[n, L]` of all processes, padded to the longest text of any of them."""
     longest = max_over_processes(mask.shape[1], mask.device)
-    return gather_rows(_pad_tokens(vectors, longest, 1)), gather_rows(_pad_tokens(mask, longest, 1))
-
-
-def _pad_tokens(tensor: torch.Tensor, length: int, dim: int) -> torch.Tensor:
-    """`tensor` with zeros (False) after it up to `length` along `dim`."""
-    missing = length - tensor.shape[dim]
-    return F.pad(tensor, (0, 0) * (tensor.dim() - dim - 1) + (0, missing)) if missing else tensor
+    return gather_rows(pad_tokens(vectors, longest, 1)), gather_rows(pad_tokens(mask, longest, 1))
 
 
 def check_exportable(config: MultiVectorConfig) -> None:

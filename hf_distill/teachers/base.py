@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from ..models.layer_scores import LayerTokens
 
 
 class Teacher(ABC):
@@ -76,7 +77,11 @@ class Teacher(ABC):
         """
         raise self._no_layers()
 
-    def begin_batch(self, layers: Sequence[int] = ()) -> None:  # noqa: B027
+    def layer_tokens(self, batch: Mapping[str, Any]) -> LayerTokens:
+        """The tokens of the layers that it was asked for at the beginning of the batch."""
+        raise self._no_layers()
+
+    def begin_batch(self, layers: Sequence[int] = (), layer_tokens: bool = False) -> None:  # noqa: B027
         """Forgets what was computed for the batch before, and learns which layers will be asked for."""
 
     def describe(self) -> dict[str, Any]:

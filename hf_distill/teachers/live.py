@@ -11,6 +11,7 @@ import torch
 from ..losses.combine import ANCHOR
 from ..models.base import RetrievalModel
 from ..models.candidates import arrange
+from ..models.layer_scores import LayerTokens
 from .base import Teacher
 
 
@@ -32,17 +33,18 @@ class LiveTeacher(Teacher):
         self.tokens = name
         self._output: Any = None
         self._layers: Sequence[int] = ()
+        self._wants_tokens = False
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)
 
-    def begin_batch(self, layers: Sequence[int] = ()) -> None:
-        self._output, self._layers = None, layers
+    def begin_batch(self, layers: Sequence[int] = (), layer_tokens: bool = False) -> None:
+        self._output, self._layers, self._wants_tokens = None, layers, layer_tokens
 
     def _forward(self, batch: Mapping[str, Any]) -> Any:
         if self._output is None:
             with torch.no_grad():
-                self._output = self.model(**model_inputs(batch, self.tokens, self._layers))
+                self._output = self.model(**model_inputs(batch, self.tokens, self._layers, self._wants_tokens))
         return self._output
 
     def embeddings(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,6 +62,9 @@ class LiveTeacher(Teacher):
     def layer_scores(self, batch: Mapping[str, Any], layers: Sequence[int], candidates: str) -> torch.Tensor:
         scores = self.model.layer_scores(self._forward(batch), batch, candidates)
         return scores if tuple(layers) == tuple(self._layers) else scores[[self._layers.index(one) for one in layers]]
+
+    def layer_tokens(self, batch: Mapping[str, Any]) -> LayerTokens:
+        return self.model.layer_tokens(self._forward(batch), batch)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -90,10 +95,16 @@ class JointTeacher(LiveTeacher):
         self._output = output
 
 
-def model_inputs(batch: Mapping[str, Any], name: str, layers: Sequence[int] = ()) -> dict[str, Any]:
+def model_inputs(
+    batch: Mapping[str, Any], name: str, layers: Sequence[int] = (), layer_tokens: bool = False
+) -> dict[str, Any]:
     """The keyword arguments of a model's forward for its tokens of a batch, asking for layers where any are wanted."""
-    tokens = dict(batch["tokens"][name])
-    return {**tokens, "layers": tuple(layers)} if layers else tokens
+    inputs = dict(batch["tokens"][name])
+    if layers:
+        inputs["layers"] = tuple(layers)
+        if layer_tokens:
+            inputs["layer_tokens"] = True
+    return inputs
 
 
 class Anchor(LiveTeacher):

@@ -148,7 +148,7 @@ class DistillTrainer(JointTraining, RetrievalTrainer):
 
     def loss_parts(self, model: RetrievalModel, output: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         for teacher in self.teachers.values():
-            teacher.begin_batch(self.layers.of_teacher(teacher.name))
+            teacher.begin_batch(self.layers.of_teacher(teacher.name), self.layers.needs_tokens)
         if self.joint is not None:
             self.joint.receive(output.teacher)
             output = output.student
@@ -156,11 +156,12 @@ class DistillTrainer(JointTraining, RetrievalTrainer):
 
     def run_model(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> Any:
         self.layers.begin_step(self.state.global_step)
-        student = model_inputs(batch, STUDENT, self.layers.of_student)
+        student = model_inputs(batch, STUDENT, self.layers.of_student, self.layers.needs_tokens)
         if self.joint is None:
             return model(**student)
         name = self.joint.name
-        return model(student=student, teacher=model_inputs(batch, name, self.layers.of_teacher(name)))
+        wanted = (self.layers.of_teacher(name), self.layers.needs_tokens)
+        return model(student=student, teacher=model_inputs(batch, name, *wanted))
 
     def term_value(self, term: LossTerm, student: BatchScores) -> torch.Tensor:
         if term.loss.inputs == "embeddings":
@@ -171,6 +172,10 @@ class DistillTrainer(JointTraining, RetrievalTrainer):
 
     def _layer_value(self, term: LossTerm, student: BatchScores) -> torch.Tensor:
         (teacher,) = self.teachers_of(term)
+        if term.loss.inputs == "layer_tokens":
+            value = term.loss.function(*self.layers.maps(term, student, teacher))
+            every = torch.ones_like(student.batch["target"], dtype=torch.bool)
+            return self.reduce_rows(value, every, term.candidates)
         ours, theirs = self.layers.scores(term, student, teacher)
         target, keep = candidate_layout(student.batch, term.candidates, term.mask_false_negatives)
         # Global candidates are the joint batch in every process already.

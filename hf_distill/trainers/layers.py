@@ -175,6 +175,10 @@ class LayerTerms:
             for name, teacher in teachers.items()
         }
         self.pairs: dict[str, Pairs] = {}
+        compared = [teacher_of(term) for term in terms.values() if term.loss.inputs == "layer_tokens"]
+        self.needs_tokens = bool(compared)
+        for teacher in compared:
+            _check_same_tokens(model, teacher)
         for name, teacher in teachers.items():
             teacher.check_layers(sorted({number for pairs in self._possible(name) for number in pairs[1]}))
 
@@ -205,7 +209,51 @@ class LayerTerms:
         ours = student.layer_scores(term.candidates)[chosen]
         return ours, teacher.layer_scores(student.batch, theirs, term.candidates)
 
+    def maps(self, term: LossTerm, student: BatchScores, teacher: Teacher) -> tuple[torch.Tensor, torch.Tensor]:
+        """The paired layers' interaction maps of student and teacher, `[K, Q, C, Lq, Ld]` each."""
+        mine, theirs = self.pairs[teacher.name]
+        ours = student.model.layer_tokens(student.output, student.batch)
+        other = teacher.layer_tokens(student.batch)
+        chosen = [self.of_student.index(number) for number in mine]
+        return ours.maps(ours, term.candidates)[chosen], other.maps(ours, term.candidates)
+
 
 def compares_layers(term: LossTerm) -> bool:
     """Whether a term needs single layers of student and teacher."""
-    return term.loss.inputs == "layer_scores"
+    return term.loss.inputs in ("layer_scores", "layer_tokens")
+
+
+# What two models must have in common so that their tokens can be compared one by one.
+_READING = (
+    "tokenizer",
+    "padding_side",
+    "query_prompt",
+    "passage_prompt",
+    "query_length",
+    "passage_length",
+    "template",
+)
+
+
+def _check_same_tokens(model: RetrievalModel, teacher: Teacher) -> None:
+    if teacher.processor is None:
+        raise InputError(
+            f"the teacher {teacher.name!r} has no tokens to compare, only stored scores",
+            where="losses",
+            cure="Give the model as a live teacher (--teacher_mode live), or compare rankings (layer_alignment)",
+        )
+    ours, theirs = model.processor().settings(), teacher.processor.settings()
+    if "cross" in (ours["kind"], theirs["kind"]):
+        raise InputError(
+            "a cross-encoder has no token vectors of queries and passages apart",
+            where="losses",
+            cure="Compare rankings of layers instead (layer_alignment), which needs no common tokens",
+        )
+    differing = [name for name in _READING if ours[name] != theirs[name]]
+    if differing:
+        raise InputError(
+            f"student and the teacher {teacher.name!r} read different tokens ({', '.join(differing)} differ), which "
+            "cannot be compared one by one",
+            where="losses",
+            cure="Compare rankings of layers instead (layer_alignment), or give both the same tokenizer and lengths",
+        )

@@ -38,7 +38,10 @@ def method_losses(method: str, candidates: str, joint: bool = False) -> list[dic
         "none": [contrastive],
         "labelled_response": labelled,
         "embedding": [contrastive, {"name": "embedding_mse"}],
-        "attention": [*labelled, {"name": "interaction_maps", "candidates": candidates}],
+        "attention": [
+            *labelled,
+            {"name": "interaction_maps", "candidates": "own" if candidates == "own" else "in_batch"},
+        ],
         "lead": [*labelled, layers],
         "lead_uniform": [*labelled, layers | {"reweight": False}],
     }

@@ -56,7 +56,7 @@ def check_terms(terms: Mapping[str, LossTerm], *, representation: str, teachers:
         InputError: For the first that cannot, with what would do.
     """
     ranks_pairs = representation == "pair"
-    possible = {"scores", "representations" if representation == "sparse" else "layer_scores"}
+    possible = {"scores", *({"representations"} if representation == "sparse" else {"layer_scores", "layer_tokens"})}
     if representation != "tokens":
         possible.add("embeddings")
     for label, term in terms.items():
@@ -114,7 +114,7 @@ def _check_one(label: str, term: LossTerm, name: str, teachers: Mapping[str, Any
             where="losses",
             cure="Train it along (--teacher_mode joint, JointTeacher), or take the term out",
         )
-    if term.loss.inputs in ("scores", "layer_scores") and term.candidates not in teachers[name].candidate_sets:
+    if "scores" in term.loss.inputs and term.candidates not in teachers[name].candidate_sets:
         raise InputError(
             f"the teacher {name!r} cannot score {term.candidates} candidates for {label}",
             where="losses",
