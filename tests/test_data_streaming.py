@@ -308,7 +308,7 @@ def test_a_bad_row_is_named(form, name, value, problem, table, tables, tmp_path)
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("rows.parquet", b"PAR1 no parquet", "cannot be read"),
+        ("rows.parquet", b"PAR1 no parquet", "[Pp]arquet"),
         ("rows.jsonl", b'{"query_id": "q1", "document_ids": ["d1"]}\n{"query_id": ', "line 2: not a JSON object"),
         ("rows.jsonl", b'{"query_id": "q1", "document_ids": ["d1"]}\n\xff\n', "line 2: byte 1 of the line"),
         ("rows.jsonl.gz", gzip.compress(b'{"query_id": "q1", "document_ids": ["d1"]}\n' * 99)[:-9], "cannot be read"),

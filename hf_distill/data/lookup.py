@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from hf_distill.data.arrow import BLOCK_ROWS, ArrowStrings
@@ -91,10 +93,13 @@ class IdIndex:
             if not open_items.size:
                 return result
             candidates = self.order[slots]
-            found = np.fromiter(
-                (wanted[item] == text for item, text in zip(open_items.tolist(), ids.at(candidates))),
-                dtype=bool,
-                count=len(candidates),
-            )
+            found = _equal(ids.take(candidates), [wanted[item] for item in open_items.tolist()])
             result[open_items[found]] = candidates[found]
             open_items, slots = open_items[~found], slots[~found] + 1
+
+
+def _equal(stored: pa.Array, wanted: list[str]) -> np.ndarray:
+    try:
+        return pc.equal(stored, pa.array(wanted, pa.string())).to_numpy(zero_copy_only=False)
+    except UnicodeEncodeError:  # half a surrogate pair, which is not stored anywhere
+        return np.array([one == other for one, other in zip(stored.to_pylist(), wanted)])

@@ -44,6 +44,9 @@ logger = get_logger(__name__)
 
 _NOT_LOOKED_UP = -2
 
+# Rows that are drawn together, so that their documents are looked up together.
+_DRAWN_ROWS = 1024
+
 # More lanes mix more distant rows and let more processes read apart; each costs an open unit.
 _MOST_LANES = 16
 # Threads that read while the last rows are used; what they wait for is mostly the network.
@@ -201,17 +204,21 @@ class CodedRows(RowSet):
         super().__init__(in_memory(table), stream.queries, stream.corpus)
         self._positions = np.full(len(self._identifiers), _NOT_LOOKED_UP, np.int64)
 
-    def look_up(self, codes: np.ndarray) -> None:
-        """Finds out the positions in the corpus of the documents of some codes."""
+    def missing(self, codes: np.ndarray) -> np.ndarray:
+        """Those of some codes that have not been looked up yet, each once."""
         codes = np.unique(codes)
-        codes = codes[self._positions[codes] == _NOT_LOOKED_UP]
-        if not len(codes):
-            return
-        found = self.corpus.positions(self._identifiers.take(pa.array(codes)))
-        if (found < 0).any():
-            code = int(codes[np.argmax(found < 0)])
+        return codes[self._positions[codes] == _NOT_LOOKED_UP]
+
+    def identifiers(self, codes: np.ndarray) -> pa.Array:
+        """What codes stand for."""
+        return self._identifiers.take(pa.array(codes))
+
+    def set_positions(self, codes: np.ndarray, positions: np.ndarray) -> None:
+        """Where the documents of codes stand in the corpus; `InputError` if one of them is not there (-1)."""
+        if (positions < 0).any():
+            code = int(codes[np.argmax(positions < 0)])
             raise self._reader.unknown_document(self._block, self.table, self._identifiers, code)
-        self._positions[codes] = found
+        self._positions[codes] = positions
 
     def joined(self, example: Example) -> Example:
         """An example of these rows with positions in place of the codes, which must have been looked up."""
@@ -261,15 +268,23 @@ class StreamedTrainingRows(torch.utils.data.Dataset):
             yield TrainingRows(rows, first_row=first, **self._options)
             first += len(rows)
 
-    @staticmethod
-    def examples(places: Sequence[tuple[TrainingRows, int]], epoch: int) -> list[Example]:
-        """The examples of rows of `blocks`: those of a block are looked up together."""
+    def examples(self, places: Sequence[tuple[TrainingRows, int]], epoch: int) -> list[Example]:
+        """The examples of rows of `blocks`, whose documents are looked up together."""
         drawn = [(block.rows, block[row, epoch]) for block, row in places]
-        codes: dict[CodedRows, list[np.ndarray]] = {}
+        of_block: dict[CodedRows, list[Example]] = {}
         for rows, example in drawn:
-            codes.setdefault(rows, []).extend((example.documents, example.positives))
-        for rows, wanted in codes.items():
-            rows.look_up(np.concatenate(wanted))
+            of_block.setdefault(rows, []).append(example)
+        missing = {
+            rows: rows.missing(np.concatenate([codes for one in some for codes in (one.documents, one.positives)]))
+            for rows, some in of_block.items()
+        }
+        if missing:
+            found = self.rows.corpus.positions(
+                pa.concat_arrays([rows.identifiers(codes) for rows, codes in missing.items()])
+            )
+            ends = np.cumsum([len(codes) for codes in missing.values()])
+            for (rows, codes), positions in zip(missing.items(), np.split(found, ends[:-1])):
+                rows.set_positions(codes, positions)
         return [rows.joined(example) for rows, example in drawn]
 
     def first_examples(self, number: int) -> list[Example]:
@@ -322,12 +337,34 @@ class StreamOrder:
             yield unit, position - int(ends[slot] - self.sizes[unit]), end - position
             position, slot = end, slot + 1
 
-    def permutation(self, epoch: int, lane: int, number: int, size: int) -> list[int]:
-        """The order of the rows in buffer `number` of a lane."""
+    def permutation(self, epoch: int, lane: int, number: int, size: int) -> np.ndarray:
+        """The order (`int64[size]`) of the rows in buffer `number` of a lane."""
         if not self.shuffle:
-            return list(range(size))
-        stream = random_stream(self.seed, epoch, (lane << 40) + number, BUFFER_STREAM)
-        return stream.permutation(size).tolist()
+            return np.arange(size)
+        return random_stream(self.seed, epoch, (lane << 40) + number, BUFFER_STREAM).permutation(size)
+
+
+_Piece = tuple[TrainingRows, int, int]
+"""A block of rows, the first row of it that is meant, and how many."""
+
+
+class _Buffer:
+    """Rows that are shuffled together: `number` among those of its lane, begun at its row `inside`."""
+
+    def __init__(self, number: int, inside: int):
+        self.number, self.inside = number, inside
+        self.pieces: list[_Piece] = []
+
+    def shuffled(self, order: StreamOrder, epoch: int, lane: int, own: range) -> list[tuple[TrainingRows, int]]:
+        """Those of its rows that are `own` among the rows of a batch, in their order: block and row in it."""
+        ends = np.cumsum([count for _, _, count in self.pieces])
+        turn = np.arange(self.inside, ends[-1])
+        turn = turn[np.isin((self.number * order.buffer + turn) % order.width, own)]
+        places = order.permutation(epoch, lane, self.number, int(ends[-1]))[turn]
+        piece = np.searchsorted(ends, places, side="right")
+        starts = np.array([start + count for _, start, count in self.pieces]) - ends
+        rows = (starts[piece] + places).tolist()
+        return [(self.pieces[number][0], row) for number, row in zip(piece.tolist(), rows)]
 
 
 class StreamSampler(torch.utils.data.Sampler):
@@ -380,33 +417,49 @@ class StreamSampler(torch.utils.data.Sampler):
             lanes = []
             for lane in range(before // order.width, -(-after // order.width)):
                 first, end = max(before - lane * order.width, 0), min(after - lane * order.width, order.width)
-                buffers = self._buffers(epoch, lane, skipped * order.width, range(first, end))
-                lanes.append((chain.from_iterable(_ahead(buffers, threads)), end - first))
+                buffers = _ahead(self._buffers(epoch, lane, skipped * order.width), threads)
+                lanes.append((chain.from_iterable(self._drawn(epoch, lane, buffers, range(first, end))), end - first))
             for _ in range(skipped, order.batches):
                 yield from repeat(None, before)
                 for examples, number in lanes:
                     yield from islice(examples, number)
                 yield from repeat(None, len(self) // order.batches - after)
 
-    def _buffers(self, epoch: int, lane: int, begin: int, own: range) -> Iterator[list[Example]]:
-        """The examples of a lane from its row `begin` on, a shuffled buffer at a time.
+    def _buffers(self, epoch: int, lane: int, begin: int) -> Iterator[_Buffer]:
+        """The buffers of a lane, of which the first has the lane's row `begin`."""
+        size = self.order.buffer
+        number, inside = divmod(begin, size)
+        buffer, held = _Buffer(number, inside), 0
+        for block, start, count in self._pieces(epoch, lane, begin - inside):
+            while count:
+                taken = min(count, size - held)
+                buffer.pieces.append((block, start, taken))
+                start, count = start + taken, count - taken
+                held += taken
+                if held == size:
+                    yield buffer
+                    buffer, held = _Buffer(buffer.number + 1, 0), 0
+        if held:
+            yield buffer
+
+    def _pieces(self, epoch: int, lane: int, begin: int) -> Iterator[_Piece]:
+        for part, start, count in self.order.segments(epoch, lane, begin):
+            with closing(self.dataset.blocks(part, start)) as blocks:
+                for block in blocks:
+                    yield block, 0, min(len(block), count)
+                    count -= min(len(block), count)
+                    if not count:
+                        break
+
+    def _drawn(self, epoch: int, lane: int, buffers: Iterator[_Buffer], own: range) -> Iterator[list[Example]]:
+        """The examples of a lane's buffers, some at a time.
 
         Of the rows that the lane gives to a batch only those in `own` are drawn; the others are other processes'.
         """
-        size = self.order.buffer
-        number, inside = divmod(begin, size)
-        rows = self._rows(epoch, lane, begin - inside)
-        while places := list(islice(rows, size)):
-            shuffled = self.order.permutation(epoch, lane, number, len(places))
-            wanted = [row for row in range(inside, len(places)) if (number * size + row) % self.order.width in own]
-            yield self.dataset.examples([places[shuffled[row]] for row in wanted], epoch)
-            number, inside = number + 1, 0
-
-    def _rows(self, epoch: int, lane: int, begin: int) -> Iterator[tuple[TrainingRows, int]]:
-        for part, start, count in self.order.segments(epoch, lane, begin):
-            with closing(self.dataset.blocks(part, start)) as blocks:
-                places = ((block, row) for block in blocks for row in range(len(block)))
-                yield from islice(places, count)
+        for buffer in buffers:
+            places = buffer.shuffled(self.order, epoch, lane, own)
+            for start in range(0, len(places), _DRAWN_ROWS):
+                yield self.dataset.examples(places[start : start + _DRAWN_ROWS], epoch)
 
 
 def _ahead(items: Iterator[Any], threads: ThreadPoolExecutor) -> Iterator[Any]:
