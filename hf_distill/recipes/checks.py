@@ -19,6 +19,7 @@ from .records import Workspace
 
 # Values of model fields that are no models' names.
 _WORDS = ("bm25", "auto", "teacher", "student")
+_HUB_SECONDS = 6.0
 _MINED = ("sources", "ranks", "retriever_scores")
 
 
@@ -171,26 +172,26 @@ def check_ids(recipe: Recipe, names: Sequence[str]) -> None:
 
 
 def _check_id(name: str, revision: str | None, sort: str, where: str) -> None:
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi, constants, errors
 
+    absent = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)
     try:
-        if sort == MODEL:
-            if not constants.HF_HUB_OFFLINE:
-                HfApi().model_info(name, revision=revision, timeout=10)
+        if not constants.HF_HUB_OFFLINE:
+            ask = HfApi().model_info if sort == MODEL else HfApi().dataset_info
+            try:
+                ask(name, revision=revision, timeout=_HUB_SECONDS)
                 return
+            except absent as error:
+                raise InputError(" ".join(str(error).split())[:200], cure="Mend the name, or log in") from error
+            except Exception:  # the Hub does not answer: what is here already must do
+                pass
+        if sort == MODEL:
             from ..models.source import find_model
 
             find_model(name, revision)
-        elif not constants.HF_HUB_OFFLINE:
-            HfApi().dataset_info(name, revision=revision, timeout=10)
         else:
             from ..data import load_collection
 
             load_collection(name, revision=revision)
     except InputError as error:
         raise InputError(error.problem, where=where, cure=error.cure) from error
-    except Exception as error:
-        problem = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(
-            f"{name!r} cannot be reached ({problem})", where=where, cure="Mend the name, or connect to the Hub"
-        ) from error

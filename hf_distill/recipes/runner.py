@@ -14,6 +14,7 @@ from ..files import write_text
 from . import processes
 from .board import Board, Line, duration
 from .checks import check_graph, check_ids, check_stages, command_settings, fields_to_check
+from .cost import estimate
 from .keys import Contents, differences, stage_keys
 from .loading import Recipe
 from .processes import in_other_process
@@ -126,11 +127,19 @@ class RecipeRun:
         check_graph(self.recipe, work, self.workspace, _available(decisions))
         in_other_process(check_stages, fields_to_check(self.recipe, work, self.workspace))
         in_other_process(check_ids, self.recipe, work)
-        rows = []
+        flops, speed = in_other_process(estimate, self.recipe, work, self.workspace)
+        rows, total = [], 0.0
         for name in names:
             decision, stage = decisions[name], self.recipe.stages[name]
-            rows.append([name, stage.kind.verb, decision.action, "; ".join(decision.why)])
-        print_table(self.title, ["stage", "verb", "state", "why"], rows)
+            operations = flops.get(name)
+            total += operations or 0.0
+            about = "" if name not in work else "?" if operations is None else duration(operations / speed)
+            size = f"{operations:.1e}" if operations else ""
+            rows.append([name, stage.kind.verb, decision.action, size, about, "; ".join(decision.why)])
+        rows.append(["in all", "", "", f"{total:.1e}", duration(total / speed), ""])
+        columns = ["stage", "verb", "state", "operations", "about, here", "why"]
+        print_table(self.title, columns, rows)
+        logger.info("The times are those of the models' arithmetic at %.0f GFLOP/s, on one process.", speed / 1e9)
 
     # ---- running ----
     def run(self, first: str | None = None, last: str | None = None) -> None:
