@@ -1,0 +1,249 @@
+"""About how much work a recipe is: floating point operations of every stage, and what they take on this machine.
+
+The figures follow from sizes alone (passages, tokens, layers, steps), before any model of the recipe exists: right
+within a factor of two or so, which is what one wants to know before starting.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..files import read_json
+from .loading import Recipe, Stage
+from .records import Workspace
+
+
+_SAMPLE = 500
+_CHARACTERS_A_TOKEN = 4.3
+_MEASURED_SECONDS = 0.3
+# Of the fastest matrix product, what a whole model reaches.
+_EFFICIENCY = 0.4
+# Forward, and twice as much backward.
+_TRAINING = 3
+_DEFAULTS = {"per_device_train_batch_size": 32, "num_negatives": 7, "num_train_epochs": 1, "mine_negatives": 30}
+_RANKER_DEPTH = 100
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is known of a collection: its passages, training and test queries, and tokens of a passage."""
+
+    passages: int
+    queries: int
+    tests: int
+    tokens: float
+
+
+@dataclass(frozen=True)
+class Model:
+    """Operations of a forward per token, whether it reads pairs, and its longest text if that is known."""
+
+    flops: float
+    pairs: bool = False
+    length: int | None = None
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any], layers: int | None) -> Model:
+        width = config.get("hidden_size") or config.get("dim") or config.get("n_embd") or 768
+        inner = config.get("intermediate_size") or config.get("hidden_dim") or 4 * width
+        depth = layers or config.get("num_hidden_layers") or config.get("n_layers") or config.get("n_layer") or 12
+        return cls(2.0 * depth * (4 * width * width + 2 * width * inner))
+
+
+class Cost:
+    """Estimates stages; what cannot be known is None.
+
+    Args:
+        recipe: The recipe.
+        workspace: Its folder, where results may lie already.
+    """
+
+    def __init__(self, recipe: Recipe, workspace: Workspace):
+        self.recipe, self.workspace = recipe, workspace
+        self._sizes: dict[str, Sizes | None] = {}
+
+    def flops(self, name: str) -> float | None:
+        """Operations of a stage."""
+        stage = self.recipe.stages[name]
+        sizes = self._collection(stage.settings.get("data"))
+        work = getattr(self, f"_{stage.kind.verb}", None)
+        if work is None:
+            return 0.0
+        try:
+            return None if sizes is None else work(stage, sizes)
+        except (InputError, OSError, ValueError, KeyError, TypeError):
+            return None
+
+    # ---- stages ----
+    def _mine(self, stage: Stage, sizes: Sizes) -> float:
+        model = stage.settings.get("model")
+        if model in (None, "bm25"):
+            return 0.0
+        return self._encoding(self._model(model), stage, sizes)
+
+    def _score(self, stage: Stage, sizes: Sizes) -> float:
+        return self._pairs(stage, sizes, stage.settings["rows"]) * self._pair_flops(stage.settings["model"], sizes)
+
+    def _train(self, stage: Stage, sizes: Sizes) -> float:
+        ranker = stage.settings.get("kind") == "cross_encoder"
+        model = self._model(stage.settings["model"], stage.settings.get("layers"), ranker)
+        return self._training(stage, sizes, model) + 2 * self._measuring(model, stage, sizes)
+
+    def _distill(self, stage: Stage, sizes: Sizes) -> float:
+        student = self._model(stage.settings["student"])
+        flops = self._training(stage, sizes, student) * (2 if stage.settings.get("baseline", True) else 1)
+        flops += 2 * self._measuring(student, stage, sizes)
+        teachers = stage.settings["teacher"]
+        for teacher in teachers if isinstance(teachers, list) else [teachers]:
+            if teacher.startswith("column:"):
+                continue
+            model = self._model(teacher)
+            flops += self._measuring(model, stage, sizes)
+            if stage.settings.get("teacher_mode") == "live":
+                flops += self._texts(stage) * self._tokens(stage, sizes) * model.flops
+            elif model.pairs:
+                flops += self._pairs(stage, sizes, stage.settings.get("rows")) * self._pair_flops(teacher, sizes)
+        return flops
+
+    def _evaluate(self, stage: Stage, sizes: Sizes) -> float:
+        models = stage.settings["model"]
+        return sum(
+            self._measuring(self._model(model), stage, sizes)
+            for model in (models if isinstance(models, list) else [models])
+            if model != "bm25" and not model.endswith(".trec")
+        )
+
+    # ---- parts of stages ----
+    def _tokens(self, stage: Stage, sizes: Sizes) -> float:
+        return min(sizes.tokens, stage.settings.get("passage_length") or 256)
+
+    def _encoding(self, model: Model, stage: Stage, sizes: Sizes) -> float:
+        return sizes.passages * self._tokens(stage, sizes) * model.flops
+
+    def _measuring(self, model: Model, stage: Stage, sizes: Sizes) -> float:
+        if not model.pairs:
+            return self._encoding(model, stage, sizes)
+        return sizes.tests * _RANKER_DEPTH * self._tokens(stage, sizes) * model.flops
+
+    def _texts(self, stage: Stage) -> float:
+        """Passages read in a training."""
+        value = {**_DEFAULTS, **stage.settings}
+        steps = value.get("max_steps") or 0
+        batch = value["per_device_train_batch_size"] * value.get("gradient_accumulation_steps", 1)
+        if steps <= 0:
+            sizes = self._collection(value.get("data"))
+            steps = max(1, sizes.queries // batch) * float(value["num_train_epochs"])
+        return steps * batch * (1 + value["num_negatives"])
+
+    def _training(self, stage: Stage, sizes: Sizes, model: Model) -> float:
+        return _TRAINING * self._texts(stage) * self._tokens(stage, sizes) * model.flops
+
+    def _pairs(self, stage: Stage, sizes: Sizes, rows: Any) -> float:
+        """Pairs of a row set that is there, or will be."""
+        settings: Mapping[str, Any] = {}
+        for name in stage.stages_in(rows):
+            record = self.workspace.record(name)
+            if record is not None and record.figures.get("rows"):
+                return record.figures["rows"] * (1 + self._negatives(rows))
+            settings = self.recipe.stages[name].settings
+        queries = min(sizes.queries, settings.get("max_queries") or sizes.queries)
+        return queries * (1 + self._negatives(rows))
+
+    def _negatives(self, rows: Any) -> int:
+        for name in self.recipe.stages:
+            if rows == f"${{{name}}}":
+                settings = self.recipe.stages[name].settings
+                if settings.get("rows"):
+                    return self._negatives(settings["rows"])
+                return int(settings.get("mine_negatives", _DEFAULTS["mine_negatives"]))
+        return int(_DEFAULTS["mine_negatives"])
+
+    def _pair_flops(self, model: Any, sizes: Sizes) -> float:
+        ranker = self._model(model)
+        return min(sizes.tokens + 12, ranker.length or 256) * ranker.flops
+
+    # ---- what stages stand on ----
+    def _model(self, origin: str, layers: Any = None, pairs: bool = False, length: int | None = None) -> Model:
+        """The model that a field names, followed through the stages that make it."""
+        layers = None if layers is None else _number_of_layers(str(layers))
+        for name, stage in self.recipe.stages.items():
+            if origin == f"${{{name}}}":
+                settings = stage.settings
+                pairs = pairs or settings.get("kind") == "cross_encoder"
+                below = settings.get("model") or settings["student"]
+                length = length or settings.get("passage_length")
+                return self._model(below, layers or settings.get("layers"), pairs, length)
+        from ..models.source import find_model
+
+        folder = find_model(origin).folder
+        model = Model.of_config(read_json(folder / "config.json"), layers)
+        return Model(model.flops, pairs, length)
+
+    def _collection(self, data: Any) -> Sizes | None:
+        if data not in self._sizes:
+            self._sizes[data] = self._measured_collection(data)
+        return self._sizes[data]
+
+    def _measured_collection(self, data: Any) -> Sizes | None:
+        for name, stage in self.recipe.stages.items():
+            if data == f"${{{name}}}":
+                made = self.workspace.result(name)
+                inputs = stage.settings.get("input") or [None]
+                data = str(made) if made.is_dir() else inputs[0] if isinstance(inputs, list) else inputs
+        if data is None:
+            return None
+        from ..data import load_collection
+
+        try:
+            collection = load_collection(data)
+        except InputError:
+            if Path(data).exists():
+                raise
+            return None
+        import numpy as np
+
+        places = np.linspace(0, len(collection.corpus) - 1, min(_SAMPLE, len(collection.corpus))).astype(int)
+        characters = np.mean([len(text) for text in collection.corpus.texts(places)])
+        counts = {name: len(qrels.query_positions()) for name, qrels in collection.qrels.items()}
+        train = counts.get("train", len(collection.queries))
+        tests = counts.get("test", counts.get("dev", 0))
+        return Sizes(len(collection.corpus), train, tests, characters / _CHARACTERS_A_TOKEN + 2)
+
+
+def _number_of_layers(text: str) -> int:
+    """Of `"3"`, `"3:even"` or `"1,5,6"`."""
+    first = text.removeprefix("layers:").partition(":")[0]
+    return len(first.split(",")) if "," in first else int(first)
+
+
+def machine_speed() -> float:
+    """Operations a second that a model reaches here, from a short measurement of matrix products."""
+    import torch
+
+    from ..retrieval.packing import product
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    # One core by itself: beside other programs, several would wait for each other.
+    cores, size = (torch.get_num_threads(), 512) if device == "cpu" else (1, 4096)
+    torch.set_num_threads(1)
+    left, right = torch.randn(2, size, size, device=device).to(dtype)
+    best, begin = float("inf"), time.perf_counter()
+    while time.perf_counter() - begin < _MEASURED_SECONDS:
+        start = time.perf_counter()
+        product(left, right) if device == "cpu" else left @ right
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return _EFFICIENCY * cores * 2 * size**3 / best
+
+
+def estimate(recipe: Recipe, names: Sequence[str], workspace: Workspace) -> tuple[dict[str, float | None], float]:
+    """Operations of every stage, None where they cannot be known, and how many of them this machine does a second."""
+    cost = Cost(recipe, workspace)
+    return {name: cost.flops(name) for name in names}, machine_speed()
