@@ -176,7 +176,9 @@ def open_rows(path: str | os.PathLike, cache_dir: str | os.PathLike | None = Non
     except InputError as error:  # whoever reads the file says what is wrong with it
         logger.debug("%s: %s", path, error)
         return None
-    source = FormatSource([item for item in inputs if item.kind != COLUMNS], path.name, str(path), cache_dir=cache_dir)
+    # Rows of identifiers need no translation; whoever reads the schema of a row set reads them.
+    inputs = [item for item in inputs if item.kind not in (COLUMNS, ROWS)]
+    source = FormatSource(inputs, path.name, str(path), cache_dir=cache_dir)
     sets = source.row_sets()
     if len(sets) > 1:
         raise InputError(
