@@ -55,7 +55,8 @@ def note_source(kind: str, name: Any, facts: Callable[[], dict[str, Any]], revis
     """Notes that the run has read something.
 
     Args:
-        kind: `"model"`, `"data"`, `"rows"` or `"run"`.
+        kind: `"model"` or `"folder"` (facts: `files`, fingerprints by name), `"data"` (`fingerprints` of the parts;
+            none where the commit says it all), `"rows"` or `"file"` (`fingerprint`).
         name: The folder, file or Hub id as it was asked for.
         facts: Gives what identifies the content, such as fingerprints.
         revision: The commit on the Hub.

@@ -158,6 +158,26 @@ def test_what_changed_is_named(place, capsys):
     assert "there is no row set" in said
 
 
+def test_files_that_were_read_are_checked(place, capsys):
+    """A TREC run that was scored from, and a file that was converted."""
+    run, out = place.root / "bm25.trec", ["--output_dir", place.root / "nowhere"]
+    shutil.copy(next((place.figures / "runs").glob("bm25*.trec")), run)
+    main(["evaluate", "--data", str(place.data), "--model", str(run), "--output_dir", str(place.root / "from-run")])
+    reproduce(capsys, place.root / "from-run", *out)
+    run.write_text(run.read_text().replace(" Q0 ", " Q1 ", 1))
+    _, said = reproduce(capsys, place.root / "from-run", *out, code=2)
+    assert f"changed: file {run}: the content differs" in said
+    from .conftest import MICRO
+
+    micro = shutil.copytree(MICRO, place.root / "foreign")
+    main(["convert", "--input", str(micro), "--output_dir", str(place.root / "converted")])
+    words, said = reproduce(capsys, place.root / "converted", *out)
+    assert words[:2] == ["hf-distill", "convert"] and "those of the run" in said
+    (micro / "corpus.jsonl").unlink()
+    _, said = reproduce(capsys, place.root / "converted", *out, code=2)
+    assert f"changed: folder {micro}: corpus.jsonl is gone" in said
+
+
 def test_bad_targets(place, capsys, tmp_path):
     _, said = reproduce(capsys, tmp_path, code=2)
     assert "there is no run_manifest.json" in said

@@ -51,11 +51,16 @@ def run(options: ConvertOptions) -> None:
 
 def _note(source: Source, revision: str | None) -> None:
     """Notes what was read, for the manifest."""
+    from ..data.sources import folder_hashes
+
     inputs = getattr(source, "inputs", None)
-    if inputs is None:
+    folder = Path(source.where)
+    if inputs is None and folder.is_dir():
+        note_source("folder", folder, lambda: {"files": folder_hashes(folder)})
+    elif inputs is None:
         note_source("data", source.where, dict, source.revision or revision)
     for item in inputs or ():
-        note_source("data", item.path, partial(_facts, item.path), source.revision)
+        note_source("file", item.path, partial(_facts, item.path), source.revision)
 
 
 def _facts(path: Path) -> dict[str, str]:

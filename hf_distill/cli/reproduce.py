@@ -29,9 +29,10 @@ _REVISIONS = {
     "teacher": "teacher_revision",
     "student": "student_revision",
     "filter_teacher": "filter_teacher_revision",
+    "input": "revision",
 }
 # Options of the first run that a repetition must not have: where it wrote, and what it published.
-_NOT_REPEATED = ("output_dir", "cache_dir", "push_to_hub", "resume_from_checkpoint", "overwrite")
+_NOT_REPEATED = ("output_dir", "cache_dir", "push_to_hub", "push_to", "resume_from_checkpoint", "overwrite")
 # Figures of the machine, not of the result.
 _TIMES = ("seconds", "passages_per_second")
 
@@ -279,7 +280,10 @@ def _model(name: str, revision: str | None, source: Mapping[str, Any], *_: Any) 
 
 def _data(name: str, revision: str | None, source: Mapping[str, Any], *_: Any) -> tuple[dict, dict]:
     from ..data import load_collection
+    from ..data.sources import resolve_revision
 
+    if "fingerprints" not in source:
+        return {"the commit": source.get("revision")}, {"the commit": resolve_revision(name, source.get("revision"))}
     return source["fingerprints"], load_collection(name, revision=revision).fingerprints
 
 
@@ -298,15 +302,21 @@ def _rows(
     return {"the content": source["fingerprint"]}, {"the content": rows.fingerprint}
 
 
-def _run_file(name: str, revision: str | None, source: Mapping[str, Any], *_: Any) -> tuple[dict, dict]:
-    from ..files import file_fingerprint
+def _file(name: str, revision: str | None, source: Mapping[str, Any], *_: Any) -> tuple[dict, dict]:
+    from ..data.sources import content_hash
 
-    if not Path(name).is_file():
-        raise InputError("there is no such file", where=name, cure="Say where it is with --replace")
-    return {"the content": source["fingerprint"]}, {"the content": file_fingerprint(name)}
+    return {"the content": source["fingerprint"]}, {"the content": content_hash(Path(name))}
 
 
-_CHECKS = {"model": _model, "data": _data, "rows": _rows, "run": _run_file}
+def _folder(name: str, revision: str | None, source: Mapping[str, Any], *_: Any) -> tuple[dict, dict]:
+    from ..data.sources import folder_hashes
+
+    if not Path(name).is_dir():
+        raise InputError("there is no such folder", where=name, cure="Say where it is with --replace")
+    return source["files"], folder_hashes(Path(name))
+
+
+_CHECKS = {"model": _model, "data": _data, "rows": _rows, "file": _file, "folder": _folder}
 
 
 # ---- What came of it ----

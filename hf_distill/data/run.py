@@ -102,7 +102,7 @@ class Run:
             InputError: A line without six fields, an unknown identifier, a score that is no finite number, a document
                 that is listed twice for a query; the message names line and field.
         """
-        note_source("run", path, lambda: {"fingerprint": file_fingerprint(path)})
+        note_source("file", path, lambda: {"fingerprint": file_fingerprint(path)})
         lines, query, document, score = [], [], [], []
         for numbers, fields in _trec_blocks(path, 6, "query Q0 document rank score tag"):
             lines.append(np.array(numbers, dtype=np.int64))

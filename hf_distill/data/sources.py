@@ -226,6 +226,16 @@ def content_hash(file: Path, cache_dir: str | os.PathLike | None = None) -> str:
     return known["hash"]
 
 
+def folder_hashes(folder: Path) -> dict[str, str]:
+    """[`content_hash`] of every file in a folder that is not hidden, by its path there."""
+    paths = ((path, path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file())
+    return {
+        name.as_posix(): content_hash(path)
+        for path, name in paths
+        if not any(part.startswith(".") for part in name.parts)
+    }
+
+
 def open_source(
     source: str | os.PathLike, revision: str | None = None, cache_dir: str | os.PathLike | None = None
 ) -> LocalSource | HubSource:
