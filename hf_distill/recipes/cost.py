@@ -25,7 +25,8 @@ _MEASURED_SECONDS = 0.3
 _EFFICIENCY = 0.4
 # Forward, and twice as much backward.
 _TRAINING = 3
-_DEFAULTS = {"per_device_train_batch_size": 32, "num_negatives": 7, "num_train_epochs": 1, "mine_negatives": 30}
+_DEFAULTS = {"per_device_train_batch_size": 32, "num_negatives": 7, "num_train_epochs": 1}
+_MINED = {"mine_negatives": 30, "mine_depth": 200}
 _RANKER_DEPTH = 100
 
 
@@ -84,28 +85,30 @@ class Cost:
         model = stage.settings.get("model")
         if model in (None, "bm25"):
             return 0.0
-        return self._encoding(self._model(model), stage, sizes)
+        return self._measuring(model, stage, sizes)
 
     def _score(self, stage: Stage, sizes: Sizes) -> float:
         return self._pairs(stage, sizes, stage.settings["rows"]) * self._pair_flops(stage.settings["model"], sizes)
 
     def _train(self, stage: Stage, sizes: Sizes) -> float:
         ranker = stage.settings.get("kind") == "cross_encoder"
-        model = self._model(stage.settings["model"], stage.settings.get("layers"), ranker)
-        return self._training(stage, sizes, model) + 2 * self._measuring(model, stage, sizes)
+        length = stage.settings.get("passage_length")
+        model = self._model(stage.settings["model"], stage.settings.get("layers"), ranker, length)
+        readings = 1 if stage.stages_in(stage.settings["model"]) else 2
+        return self._training(stage, sizes, model) + readings * self._reading(model, stage, sizes)
 
     def _distill(self, stage: Stage, sizes: Sizes) -> float:
         student = self._model(stage.settings["student"])
         flops = self._training(stage, sizes, student) * (2 if stage.settings.get("baseline", True) else 1)
-        flops += 2 * self._measuring(student, stage, sizes)
+        flops += self._measuring(stage.settings["student"], stage, sizes) + self._reading(student, stage, sizes)
         teachers = stage.settings["teacher"]
         for teacher in teachers if isinstance(teachers, list) else [teachers]:
             if teacher.startswith("column:"):
                 continue
             model = self._model(teacher)
-            flops += self._measuring(model, stage, sizes)
+            flops += self._measuring(teacher, stage, sizes)
             if stage.settings.get("teacher_mode") == "live":
-                flops += self._texts(stage) * self._tokens(stage, sizes) * model.flops
+                flops += self._texts(stage) * self._tokens(model, sizes) * model.flops
             elif model.pairs:
                 flops += self._pairs(stage, sizes, stage.settings.get("rows")) * self._pair_flops(teacher, sizes)
         return flops
@@ -113,22 +116,27 @@ class Cost:
     def _evaluate(self, stage: Stage, sizes: Sizes) -> float:
         models = stage.settings["model"]
         return sum(
-            self._measuring(self._model(model), stage, sizes)
+            self._measuring(model, stage, sizes)
             for model in (models if isinstance(models, list) else [models])
             if model != "bm25" and not model.endswith(".trec")
         )
 
     # ---- parts of stages ----
-    def _tokens(self, stage: Stage, sizes: Sizes) -> float:
-        return min(sizes.tokens, stage.settings.get("passage_length") or 256)
+    def _measuring(self, origin: str, stage: Stage, sizes: Sizes) -> float:
+        """Reading the corpus, or the candidates of the test queries; a stage's result was read at that stage's end,
+        and the cache has it."""
+        if stage.stages_in(origin):
+            return 0.0
+        return self._reading(self._model(origin), stage, sizes)
 
-    def _encoding(self, model: Model, stage: Stage, sizes: Sizes) -> float:
-        return sizes.passages * self._tokens(stage, sizes) * model.flops
+    def _reading(self, model: Model, stage: Stage, sizes: Sizes) -> float:
+        depth = stage.settings.get("eval_depth") or stage.settings.get("depth") or _RANKER_DEPTH
+        texts = sizes.tests * depth if model.pairs else sizes.passages
+        return texts * self._tokens(model, sizes) * model.flops
 
-    def _measuring(self, model: Model, stage: Stage, sizes: Sizes) -> float:
-        if not model.pairs:
-            return self._encoding(model, stage, sizes)
-        return sizes.tests * _RANKER_DEPTH * self._tokens(stage, sizes) * model.flops
+    @staticmethod
+    def _tokens(model: Model, sizes: Sizes) -> float:
+        return min(sizes.tokens + 12 * model.pairs, model.length or 256)
 
     def _texts(self, stage: Stage) -> float:
         """Passages read in a training."""
@@ -141,31 +149,20 @@ class Cost:
         return steps * batch * (1 + value["num_negatives"])
 
     def _training(self, stage: Stage, sizes: Sizes, model: Model) -> float:
-        return _TRAINING * self._texts(stage) * self._tokens(stage, sizes) * model.flops
+        return _TRAINING * self._texts(stage) * self._tokens(model, sizes) * model.flops
 
     def _pairs(self, stage: Stage, sizes: Sizes, rows: Any) -> float:
         """Pairs of a row set that is there, or will be."""
-        settings: Mapping[str, Any] = {}
-        for name in stage.stages_in(rows):
-            record = self.workspace.record(name)
-            if record is not None and record.figures.get("rows"):
-                return record.figures["rows"] * (1 + self._negatives(rows))
-            settings = self.recipe.stages[name].settings
+        settings: Mapping[str, Any] = {"rows": rows}
+        while isinstance(settings.get("rows"), str) and stage.stages_in(settings["rows"]):
+            settings = self.recipe.stages[stage.stages_in(settings["rows"])[0]].settings
         queries = min(sizes.queries, settings.get("max_queries") or sizes.queries)
-        return queries * (1 + self._negatives(rows))
-
-    def _negatives(self, rows: Any) -> int:
-        for name in self.recipe.stages:
-            if rows == f"${{{name}}}":
-                settings = self.recipe.stages[name].settings
-                if settings.get("rows"):
-                    return self._negatives(settings["rows"])
-                return int(settings.get("mine_negatives", _DEFAULTS["mine_negatives"]))
-        return int(_DEFAULTS["mine_negatives"])
+        negatives = min(settings.get(name, default) for name, default in _MINED.items())
+        return queries * (1 + negatives)
 
     def _pair_flops(self, model: Any, sizes: Sizes) -> float:
         ranker = self._model(model)
-        return min(sizes.tokens + 12, ranker.length or 256) * ranker.flops
+        return self._tokens(ranker, sizes) * ranker.flops
 
     # ---- what stages stand on ----
     def _model(self, origin: str, layers: Any = None, pairs: bool = False, length: int | None = None) -> Model:
