@@ -30,6 +30,7 @@ QUICK = {
     "caching": ["--batch", "16", "--rounds", "2", "--memory", "16,32", "--plain", "16", "--chunk", "8"],
     "mining": ["--passages", "500", "--queries", "100", "--rounds", "1", "--warm", "1", "--batch", "32"]
     + ["--vectors", "70000,140000"],
+    "neighbours": ["--vectors", "20000,100000", "--queries", "200", "--rounds", "1"],
     "distillation": ["--batch", "8", "--steps", "1", "--rounds", "3"],
     "conversion": ["--passages", "100000", "--rounds", "3"],
 }
