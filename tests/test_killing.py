@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from .killing import Job, run, torture
+from .killing import Job, digests, run, torture
 
 
 def encode(folder: Path, data: str, dense: str) -> None:
@@ -63,9 +63,29 @@ def train(folder: Path, data: str, dense: str) -> None:
     main(["train", "--data", data, "--model", dense, "--output_dir", str(folder / "out"), *TRAINING])
 
 
+def train_on_a_stream(folder: Path, data: str, dense: str, rows: str) -> None:
+    """The same on rows that are read one after the other."""
+    from hf_distill.cli.main import main
+
+    flags = ["--rows", rows, "--streaming", "true", "--shuffle_buffer", "16"]
+    main(["train", "--data", data, "--model", dense, "--output_dir", str(folder / "out"), *TRAINING, *flags])
+
+
+def convert(folder: Path, source: str) -> None:
+    """Foreign files into our layout."""
+    from hf_distill.cli.main import main
+
+    main(["convert", "--input", source, "--output_dir", str(folder / "out")])
+
+
 TRAINING = ["--use_cpu", "true", "--per_device_train_batch_size", "4", "--num_negatives", "2", "--max_steps", "8"]
 TRAINING += ["--save_steps", "2", "--eval_strategy", "no", "--report_to", "none", "--mine_with", "student"]
 TRAINING += ["--mine_depth", "20", "--mine_negatives", "6", "--logging_steps", "4"]
+
+
+def without_report(folder: Path) -> dict[str, str]:
+    """All files of a result but those that have times in them."""
+    return {name: digest for name, digest in digests(folder / "out").items() if not name.startswith("run_manifest")}
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -91,27 +111,36 @@ def _slow(source: str):
     return Slow(load_model(source), dtype="float32", token_budget=128)
 
 
-def _jobs(data: str, dense: str, ranker: str, rows: str) -> dict[str, Job]:
+def _jobs(data: str, dense: str, ranker: str, rows: str, foreign: str) -> dict[str, Job]:
     models = {"dense": dense, "ranker": ranker}
     training = {"data": data, "dense": dense}
     return {
         "encode": Job(encode, 3, {"data": data, "dense": dense}),
         "mine": Job(mine_rows, 3, {"data": data, **models}),
         "score": Job(score, 3, {"data": data, "rows": rows, "ranker": ranker}),
-        "everything offline": Job(everything_offline, 4, {"collection": data, **models}, result=without_started),
-        "train": Job(train, 4, training, result=weights),
-        "train on two processes": Job(train, 3, training, processes=2, result=weights),
+        "everything offline": Job(everything_offline, 3, {"collection": data, **models}, result=without_started),
+        "train": Job(train, 3, training, result=weights),
+        "train on two processes": Job(train, 2, training, processes=2, result=weights),
+        "train on a stream": Job(train_on_a_stream, 3, {**training, "rows": rows}, result=weights),
+        "convert": Job(convert, 3, {"source": foreign}, result=without_report),
     }
 
 
 def without_started(folder: Path) -> dict[str, str]:
     """All files but marks of beginnings."""
-    from .killing import digests
-
     return {name: digest for name, digest in digests(folder).items() if "output/started" not in name}
 
 
-KINDS = ("encode", "mine", "score", "everything offline", "train", "train on two processes")
+KINDS = (
+    "encode",
+    "mine",
+    "score",
+    "everything offline",
+    "train",
+    "train on two processes",
+    "train on a stream",
+    "convert",
+)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +153,18 @@ def jobs(tmp_path_factory, micro, tiny_bert_source, tiny_ranker_source) -> dict[
     os.environ["HF_DISTILL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     rows = tmp_path_factory.mktemp("rows") / "rows"
     mine("bm25", load_collection(micro), "train", depth=20, num_negatives=8).save(rows)
-    return _jobs(str(micro), str(tiny_bert_source), str(tiny_ranker_source), str(rows))
+    foreign = tmp_path_factory.mktemp("foreign")
+    write_foreign(foreign, 20_000)
+    return _jobs(str(micro), str(tiny_bert_source), str(tiny_ranker_source), str(rows), str(foreign))
+
+
+def write_foreign(folder: Path, passages: int) -> None:
+    """MS MARCO's files of passages, queries and judgements."""
+    words = [f"word{number}" for number in range(50)]
+    lines = (f"{number}\t{' '.join(words[number % 40 : number % 40 + 9])} {number}\n" for number in range(passages))
+    (folder / "collection.tsv").write_text("".join(lines))
+    (folder / "queries.train.tsv").write_text("".join(f"{n}\tquestion {n}\n" for n in range(passages // 4)))
+    (folder / "qrels.train.tsv").write_text("".join(f"{n}\t0\t{3 * n}\t1\n" for n in range(passages // 4)))
 
 
 def test_twenty_kills(jobs):
