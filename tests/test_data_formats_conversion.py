@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -29,7 +30,8 @@ from hf_distill.errors import InputError
 
 def run(inputs, target, **options):
     """A conversion as the command line does it: what is kept on the way lies beside the output."""
-    opening = {name: options.pop(name) for name in ("format", "allow_pickle", "corpus_columns") if name in options}
+    names = ("format", "allow_pickle", "corpus_columns", "revision")
+    opening = {name: options.pop(name) for name in names if name in options}
     inputs = [str(item) for item in (inputs if isinstance(inputs, list) else [inputs])]
     return convert(open_inputs(inputs, cache_dir=working_folder(target) / ".cache", **opening), target, **options)
 
@@ -195,9 +197,31 @@ def test_changed_input_starts_anew(msmarco, tmp_path, monkeypatch, caplog):
 
 
 def test_one_conversion_at_a_time(msmarco, tmp_path):
-    with FileLock(working_folder(tmp_path / "out").with_suffix(".lock")):
-        with pytest.raises(InputError, match="out: another conversion is writing this folder"):
+    with FileLock(tmp_path / ".out.lock"):
+        with pytest.raises(InputError, match="out: another process is working on this"):
             run(msmarco, tmp_path / "out")
+
+
+def test_repositories_on_the_hub_beside_files(msmarco, tmp_path, monkeypatch):
+    (tmp_path / "snapshot").mkdir()
+    (msmarco / "train.negatives.tsv").rename(tmp_path / "snapshot" / "bm25.tsv")
+    (tmp_path / "snapshot" / "scores.pkl").write_bytes(pickle.dumps({"q0": {number: 1.5 for number in range(600)}}))
+    asked = []
+
+    def fetch(repo, revision, patterns):
+        asked.append((repo, revision, "*.pkl" in patterns))
+        return tmp_path / "snapshot"
+
+    monkeypatch.setattr("hf_distill.data.formats.opening.fetch_data_files", fetch)
+    files = [
+        f"{role}={msmarco / name}" for role, name in (("corpus", "collection.tsv"), ("queries", "queries.train.tsv"))
+    ]
+    run(["me/negatives", *files], tmp_path / "plain", revision="v1")
+    run(["me/negatives", *files], tmp_path / "scored", revision="v1", allow_pickle=True)
+    assert asked == [("me/negatives", "v1", False), ("me/negatives", "v1", True)]
+    plain, scored = (load_collection(tmp_path / name).rows("bm25") for name in ("plain", "scored"))
+    assert len(plain) == 60 and plain.columns == ["sources"]
+    assert len(scored) == 1 and set(scored.values_at("scores", 0).tolist()) == {1.5}
 
 
 def test_unknown_identifiers(msmarco, tmp_path):

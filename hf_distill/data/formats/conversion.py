@@ -28,7 +28,8 @@ from hf_distill.data.rows_io import clean_rows, id_rows
 from hf_distill.data.tables import Corpus, Queries
 from hf_distill.data.values import find_column, id_array, integer_array
 from hf_distill.errors import InputError
-from hf_distill.files import atomic_path, fingerprint, read_json, write_json
+from hf_distill.files import atomic_path, fingerprint, read_json, saying_full_disk, write_json
+from hf_distill.locking import lock_folder, unlock_folder
 
 
 logger = get_logger(__name__)
@@ -110,14 +111,20 @@ def convert(
         InputError: Anything wrong with the input, with file, line and field; a folder that holds something else;
             another conversion at work in the same place.
     """
-    from filelock import FileLock, Timeout
-
     if unknown_ids not in ("error", "drop"):
         raise InputError(f"{unknown_ids!r} is not a choice", where="unknown_ids", cure="Use 'error' or 'drop'")
     target = Path(output_dir).resolve()
     parts = _text_parts() if isinstance(source, TextRows) else _parts(source)
     content = source.key() if isinstance(source, TextRows) else [[part.label, part.role, part.key] for part in parts]
     key = fingerprint([_VERSION, content, unknown_ids, name])
+    lock_folder(target, beside=True)
+    try:
+        return _convert(source, parts, target, key, name, drop=unknown_ids == "drop")
+    finally:
+        unlock_folder(target, beside=True)
+
+
+def _convert(source: Source, parts: list[Part], target: Path, key: str, name: str | None, *, drop: bool) -> Conversion:
     if (target / MANIFEST).exists() and read_json(target / MANIFEST).get("key") == key:
         logger.info("%s is there already, made from the same input", target)
         _recall(parts, read_json(target / MANIFEST)["parts"])
@@ -127,21 +134,13 @@ def convert(
             "the folder is not empty", where=str(target), cure="Name a new folder, or empty this one first"
         )
     work = working_folder(target)
-    work.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(work.with_suffix(".lock"))
-    try:
-        with lock.acquire(timeout=0):
-            resumed = _prepare(work, key)
-            if isinstance(source, TextRows):
-                _write_texts(source, parts, work, name)
-            else:
-                _write_parts(source, parts, work, name, drop=unknown_ids == "drop")
-            _publish(source, parts, work, target, key)
-    except Timeout:
-        raise InputError(
-            "another conversion is writing this folder", where=str(target), cure="Wait for it, or name another folder"
-        ) from None
-    Path(lock.lock_file).unlink(missing_ok=True)
+    with saying_full_disk(target.parent):
+        resumed = _prepare(work, key)
+        if isinstance(source, TextRows):
+            _write_texts(source, parts, work, name)
+        else:
+            _write_parts(source, parts, work, name, drop=drop)
+        _publish(source, parts, work, target, key)
     return Conversion(target, parts, resumed)
 
 
@@ -334,27 +333,20 @@ class _Limited:
 def _write_file(path: Path, tables: _Limited, advance: Callable[[int], Any]) -> None:
     import pyarrow.parquet as pq
 
-    try:
-        with (
-            atomic_path(path) as temporary,
-            pq.ParquetWriter(temporary, tables.schema, compression="zstd") as writer,
-            ThreadPoolExecutor(max_workers=1) as pool,
-        ):
-            # One block is compressed while the next one is read.
-            writing = None
-            for table in tables:
-                if writing is not None:
-                    writing.result()
-                writing = pool.submit(writer.write_table, table)
-                advance(table.num_rows)
+    with (
+        atomic_path(path) as temporary,
+        pq.ParquetWriter(temporary, tables.schema, compression="zstd") as writer,
+        ThreadPoolExecutor(max_workers=1) as pool,
+    ):
+        # One block is compressed while the next one is read.
+        writing = None
+        for table in tables:
             if writing is not None:
                 writing.result()
-    except OSError as error:
-        raise InputError(
-            f"cannot be written ({error.strerror or error})",
-            where=str(path),
-            cure="Make room or choose another folder; finished files are kept, and the same command goes on from them",
-        ) from error
+            writing = pool.submit(writer.write_table, table)
+            advance(table.num_rows)
+        if writing is not None:
+            writing.result()
 
 
 def _remember(part: Part, folder: Path, known: dict[str, Seen]) -> None:

@@ -153,8 +153,8 @@ def open_inputs(
     stem = first.parent if len(inputs) > 1 else first
     return FormatSource(
         inputs,
-        name=re.sub(r"\W+", "_", stem.resolve().name.split(".")[0]).strip("_") or "collection",
-        where=str(first if len(inputs) == 1 else os.path.commonpath([item.path.resolve() for item in inputs])),
+        name=re.sub(r"\W+", "_", stem.absolute().name.split(".")[0]).strip("_") or "collection",
+        where=str(first if len(inputs) == 1 else os.path.commonpath([item.path.absolute() for item in inputs])),
         cache_dir=cache_dir,
         allow_pickle=allow_pickle,
     )
@@ -267,9 +267,9 @@ def _inputs(text, role, name, revision, allow_pickle: bool, corpus_columns) -> l
     if not path.exists():
         if not is_hub_id(text):
             raise InputError("no such file or folder", where=text, cure="Check the path")
-        path = fetch_data_files(text, revision)
+        path = fetch_data_files(text, revision, (*DATA_FILES, "*.parquet", *(PICKLES if allow_pickle else ())))
         if path is None:
-            raise InputError("the repository has no data files as text", where=text, cure=_cure())
+            raise InputError("the repository has no data files that are read", where=text, cure=_cure())
     if path.is_dir():
         files = [item.path for item in scan(path, allow_pickle)]
         if not files:
