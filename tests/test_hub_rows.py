@@ -139,6 +139,29 @@ def test_the_rows_come_back_whole(hub, hub_client, mined, tmp_path):
     assert content(back).equals(content(sent))
 
 
+def _columns_fit(repo, data):
+    """The fingerprints say that the texts are the same ones, here and beside the rows on the Hub."""
+    from hf_distill.cli.steps import Data, named_rows
+    from hf_distill.data import load_collection
+    from hf_distill.teachers.cached import check_column
+
+    there = load_collection(repo)
+    here = load_collection(data)
+    for collection in (there, here):
+        rows = named_rows(Data(collection, "train", None, None), f"{repo}:bm25")
+        assert check_column(rows, "scores")["dtype"]
+    return [there.queries.fingerprint, there.corpus.fingerprint]
+
+
+def test_the_scores_belong_to_the_texts_here_and_there(hub, hub_client, mined, micro):
+    queries, corpus = hub_client(_columns_fit, "alice/rows", str(micro))
+    assert not any("was made for other" in line for line in hub_client.log)
+    same = json.loads(hub.repo("alice/rows", "dataset").files()["bm25/metadata.json"])["same_texts"]
+    collection = load_collection(micro)
+    assert set(same["queries"]) == {queries, collection.queries.fingerprint}
+    assert set(same["corpus"]) == {corpus, collection.corpus.fingerprint}
+
+
 def test_a_student_is_distilled_from_the_repository_alone(hub, hub_client, mined, tiny_bert, tmp_path):
     words = ["distill", "--data", "alice/rows", "--rows", "bm25", "--teacher", "column:scores", "--student", tiny_bert]
     words += ["--output_dir", tmp_path / "student", "--use_cpu", "true", "--max_steps", "2", "--report_to", "none"]

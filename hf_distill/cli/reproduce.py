@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -33,6 +34,9 @@ _REVISIONS = {
 }
 # Options of the first run that a repetition must not have: where it wrote, and what it published.
 _NOT_REPEATED = ("output_dir", "cache_dir", "push_to_hub", "push_to", "resume_from_checkpoint", "overwrite")
+# A manifest may come from somebody else: what sends something away is not run because it says so.
+_NEVER_RUN = ("push", "reproduce")
+_LAUNCH = re.compile(r"--launch \w+(:\d+)?")
 # Figures of the machine, not of the result.
 _TIMES = ("seconds", "passages_per_second")
 
@@ -167,7 +171,7 @@ def _words(manifest: Mapping[str, Any], moved: Mapping[str, str], output_dir: Pa
             name, equals, value = word[2:].partition("=")
             name = name.replace("-", "_")
             options[name] = [value] if equals else []  # what comes later wins, as it did
-        else:
+        elif name:
             options[name].append(word)
     kept = {
         name: [moved.get(_plain(value), value) for value in values]
@@ -220,7 +224,7 @@ def _pin_defaults(manifest: Mapping[str, Any], words: dict[str, list[str]]) -> N
 
 def _command(manifest: Mapping[str, Any], words: Mapping[str, list[str]]) -> list[str]:
     launch, processes = manifest.get("launch") or {}, int(manifest.get("world_size") or 1)
-    typed = (launch.get("typed") or "").split()
+    typed = str(launch.get("typed") or "").split() if _LAUNCH.fullmatch(str(launch.get("typed"))) else []
     if not typed and processes > 1:
         typed = ["--launch", f"{'cpu' if str(launch.get('device', 'cpu')) == 'cpu' else 'multi_gpu'}:{processes}"]
     return [*typed, manifest["arguments"][0], *_flat(words)]

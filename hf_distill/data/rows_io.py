@@ -37,8 +37,24 @@ def foreign_sides(metadata: Mapping[str, Any], queries: Queries, corpus: Corpus)
     return [
         name
         for name, table in (("queries", queries), ("corpus", corpus))
-        if metadata.get(f"{name}_fingerprint", table.fingerprint) != table.fingerprint
+        if are_other_texts(metadata, name, metadata.get(f"{name}_fingerprint"), table.fingerprint)
     ]
+
+
+def are_other_texts(metadata: Mapping[str, Any], side: str, recorded: str | None, found: str) -> bool:
+    """Whether texts are other ones than those that a fingerprint was recorded of.
+
+    A row set that is shared with its own texts (`hf_distill.data.sharing`) names the fingerprints under which the same
+    texts are known: in the collection that it was made for, and beside the rows.
+
+    Args:
+        metadata: The row set's.
+        side: `"queries"` or `"corpus"`.
+        recorded: The fingerprint that was recorded; None if there is none.
+        found: That of the texts at hand.
+    """
+    same = metadata.get("same_texts", {}).get(side, ())
+    return recorded is not None and found != recorded and not {found, recorded} <= set(same)
 
 
 class RowReader:

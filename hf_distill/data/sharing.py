@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,13 @@ import numpy as np
 import pyarrow as pa
 
 from hf_distill.data import schema
-from hf_distill.data.arrow import BLOCK_ROWS
+from hf_distill.data.arrow import BLOCK_ROWS, ContentHash
 from hf_distill.data.cards import config_entry
 from hf_distill.data.export import write_parquet
 from hf_distill.data.lists import list_offsets
 from hf_distill.data.rows import RowSet
 from hf_distill.errors import InputError
+from hf_distill.files import read_json, write_json
 
 
 # The configs beside the full row set. `documents` holds rendered passages, so it is no `corpus` with titles.
@@ -112,22 +113,24 @@ def share_rows(
     if schema.SCORES in rows.columns:
         columns.append((schema.SCORES, pa.list_(pa.float32())))
     write_parquet(folder / TRAIN / "train.parquet", pa.schema(columns), equal_rows(rows, width))
-    queries = np.unique(rows.query)
+    queries, documents = np.unique(rows.query), _used_documents(rows)
+    hashes = {"queries": ContentHash(schema.QUERIES_SCHEMA.names), "corpus": ContentHash(schema.CORPUS_SCHEMA.names)}
     write_parquet(
-        folder / schema.QUERIES / "queries.parquet",
-        schema.QUERIES_SCHEMA,
-        (
-            pa.table({schema.QUERY_ID: rows.queries.ids.take(part), schema.TEXT: rows.queries.texts(part)})
-            for part in _parts(queries)
-        ),
+        folder / schema.QUERIES / "queries.parquet", schema.QUERIES_SCHEMA, _queries(rows, queries, hashes["queries"])
     )
-    documents = _used_documents(rows)
     for number, first in enumerate(range(0, len(documents), _DOCUMENTS_PER_FILE)):
         write_parquet(
             folder / DOCUMENTS / f"documents-{number:05d}.parquet",
             _DOCUMENTS_SCHEMA,
-            _rendered(rows, documents[first : first + _DOCUMENTS_PER_FILE], template),
+            _rendered(rows, documents[first : first + _DOCUMENTS_PER_FILE], template, hashes["corpus"]),
         )
+    known = rows.metadata.get("same_texts", {})
+    same = {
+        side: sorted({*known.get(side, ()), table.fingerprint, hashes[side].hexdigest()})
+        for side, table in (("queries", rows.queries), ("corpus", rows.corpus))
+    }
+    notes = folder / name / "metadata.json"
+    write_json(notes, {**read_json(notes), "same_texts": same})
     configs = [
         {**config_entry(TRAIN, {"train": f"{TRAIN}/*.parquet"}), "default": True},
         config_entry(schema.QUERIES, {"train": f"{schema.QUERIES}/*.parquet"}),
@@ -183,10 +186,17 @@ def _used_documents(rows: RowSet) -> np.ndarray:
     return np.flatnonzero(used)
 
 
-def _rendered(rows: RowSet, positions: np.ndarray, template: str | None) -> Iterator[pa.Table]:
+def _queries(rows: RowSet, positions: np.ndarray, content: ContentHash) -> Iterator[pa.Table]:
     for part in _parts(positions):
-        columns: Mapping[str, Any] = {
-            schema.DOCUMENT_ID: rows.corpus.ids.take(part),
-            schema.TEXT: rows.corpus.texts(part, template),
-        }
-        yield pa.table(columns)
+        columns = {schema.QUERY_ID: rows.queries.ids.take(part), schema.TEXT: rows.queries.texts(part)}
+        table = pa.table(columns, schema=schema.QUERIES_SCHEMA)
+        content.update(table)
+        yield table
+
+
+def _rendered(rows: RowSet, positions: np.ndarray, template: str | None, content: ContentHash) -> Iterator[pa.Table]:
+    """Ids and rendered passages; read again, they are a corpus without titles, and that is what `content` hashes."""
+    for part in _parts(positions):
+        ids, texts = rows.corpus.ids.take(part), pa.array(rows.corpus.texts(part, template), pa.string())
+        content.update(pa.table([ids, pa.array([""] * len(ids), pa.string()), texts], schema=schema.CORPUS_SCHEMA))
+        yield pa.table([ids, texts], schema=_DOCUMENTS_SCHEMA)

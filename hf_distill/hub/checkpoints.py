@@ -55,7 +55,6 @@ class Publisher:
         self.folder, self.target = Path(folder), target
         self._executor = ThreadPoolExecutor(1, "push")
         self._running: Future | None = None
-        self._reached = False
         for left_over in self.folder.glob(f"{_STAGED}*"):
             shutil.rmtree(left_over, ignore_errors=True)  # of a process that was killed while it pushed
 
@@ -94,11 +93,9 @@ class Publisher:
         self._running = self._executor.submit(self._push, aside, message, staged)
 
     def _push(self, files: Mapping[str, Path], message: str, staged: Path) -> None:
-        # Once it was there, a repository that is gone was deleted by somebody: it is not made again behind his back.
-        target = replace(self.target, create=not self._reached)
         try:
-            pushed = push_files(files, target, message)
-            self._reached = True
+            pushed = push_files(files, self.target, message)
+            self.target = replace(self.target, repo_id=pushed.repo_id, create=False)
             logger.info("%s: pushed to %s", message, pushed.url)
         except Exception as error:
             reason = str(error).rstrip(".") if isinstance(error, InputError) else explain(error)

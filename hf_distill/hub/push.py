@@ -171,14 +171,15 @@ def check_target(target: Target, where: str, settings: Mapping[str, Any]) -> Tar
         settings: Of the run.
 
     Returns:
-        The target with the repository's owner. A Hub that does not answer now may do so later: that is a warning.
+        The target with the repository's owner, which is there now: if somebody deletes it meanwhile, it is not made
+        again behind his back. A Hub that does not answer now may do so later: that is a warning.
 
     Raises:
         InputError: If this account may not push there, or another run has.
     """
     check_repo_id(target.repo_id, where)
     try:
-        return replace(target, repo_id=_open_repo(target, settings))
+        return replace(target, repo_id=_open_repo(target, settings), create=False)
     except InputError:
         raise
     except Exception as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import read_json, write_json, write_text
 from .cards import on_hub, template_path
-from .manifest import code_version, versions
+from .manifest import artefacts, code_version, versions
 from .push import MANIFEST
 
 
@@ -44,11 +44,10 @@ def write_row_repository(
     template = template or _retriever(rows.metadata).get("template") or DEFAULT_TEMPLATE
     facts = share_rows(rows, folder, name, num_negatives=num_negatives, template=template)
     if manifest is not None and manifest.is_file():
-        shutil.copyfile(manifest, folder / MANIFEST)
+        run = read_json(manifest)
+        shutil.copyfile(manifest, folder / name / MANIFEST)
     else:  # rows that were made in a program
-        sections = {"versions": versions(), "code": code_version(), "data": {"rows": {"provenance": rows.metadata}}}
-        write_json(folder / MANIFEST, sections)
-    run = read_json(folder / MANIFEST)
+        run = {"versions": versions(), "code": code_version(), "data": {"rows": {"provenance": rows.metadata}}}
     histograms = [
         (f"Margins by `{column}`", margin_histogram(rows, column))
         for column in rows.score_columns
@@ -58,6 +57,7 @@ def write_row_repository(
     if margins:
         histograms.append(("Margins at mining", margins))
     _write_card(rows, folder, repo_id, name, facts, run, template, dict(histograms))
+    write_json(folder / MANIFEST, {**run, "artefacts": artefacts(folder)})
     return folder
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..data.rows_io import are_other_texts
 from ..errors import InputError
 from ..models.candidates import CANDIDATES, arrange, candidate_scores
 from .base import Teacher
@@ -161,7 +162,7 @@ def check_column(rows: RowSet, column: str, model: Any = None) -> dict[str, Any]
     origin = dict(rows.metadata.get("teachers", {}).get(column, {}))
     again = f"Score the rows again: hf-distill score --column {column}"
     for what, table in (("queries", rows.queries), ("corpus", rows.corpus)):
-        if origin.get(f"{what}_fingerprint", table.fingerprint) != table.fingerprint:
+        if are_other_texts(rows.metadata, what, origin.get(f"{what}_fingerprint"), table.fingerprint):
             raise InputError(
                 f"the column {column!r} was made for other {what} than those of {table.where} "
                 "(the fingerprints differ)",

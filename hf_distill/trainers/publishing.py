@@ -166,18 +166,16 @@ class PublishingTrainer(Trainer):
         known = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
         if known is not None and "metrics" in known:
             return
-        write_json(
-            folder / MANIFEST,
-            run_manifest(
-                settings=self.run_identity(),
-                seeds={"seed": self.args.seed, "data_seed": self.args.data_seed},
-                training={
-                    "steps": self.state.global_step,
-                    "epochs": self.state.epoch,
-                    "best_checkpoint": self.state.best_model_checkpoint,
-                },
-            ),
-        )
+        training = {
+            "steps": self.state.global_step,
+            "epochs": self.state.epoch,
+            "best_checkpoint": self.state.best_model_checkpoint,
+        }
+        if known is None or known.get("settings") != self.run_identity():
+            seeds = {"seed": self.args.seed, "data_seed": self.args.data_seed}
+            write_json(folder / MANIFEST, run_manifest(settings=self.run_identity(), seeds=seeds, training=training))
+        else:
+            write_json(folder / MANIFEST, {**known, "training": training})
         if known is None and (folder / "README.md").is_file():
             return  # somebody's own
         self.create_model_card()
