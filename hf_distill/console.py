@@ -74,3 +74,14 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     if not console.is_terminal:
         console = Console(width=160)
     console.print(table)
+
+
+def duration(seconds: float) -> str:
+    """`"41 s"`, `"12 min"`, `"3.2 h"`, `"5 d"`."""
+    if seconds < 1:
+        return "< 1 s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 2 * 86400 else f"{seconds / 86400:.0f} d"

@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_DISTILL_PROGRESS", "0")
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -27,6 +28,16 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 def _own_cache(tmp_path_factory, monkeypatch):
     """Every test has a cache of its own, so that no test passes thanks to another one's work."""
     monkeypatch.setenv("HF_DISTILL_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def _own_logging():
+    """A verb that ran in a test prints the log itself from then on; the next test's `caplog` would see nothing."""
+    yield
+    logger = logging.getLogger("hf_distill")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -166,3 +166,22 @@ def test_a_dense_model_reranks_and_keeps_nothing_if_told_so(collection, tiny_ber
         wanted = set(run.documents[row].tolist())
         expected = [one for one in full.documents[row].tolist() if one in wanted - {-1}]
         assert best.documents[row][best.documents[row] >= 0].tolist() == expected
+
+
+def test_the_verb_samples_estimates_and_warns_of_another_length(micro, tiny_ranker, tmp_path, capsys):
+    from hf_distill.cli.main import main
+
+    rows = tmp_path / "rows"
+    main(["mine", "--data", str(micro), "--model", "bm25", "--mine_depth", "10", "--output_dir", str(rows)])
+    command = ["score", "--data", str(micro), "--rows", str(rows), "--model", str(tiny_ranker), "--max_queries", "5"]
+    main([*command, "--output_dir", str(tmp_path / "plan"), "--plan_only", "true"])
+    said = capsys.readouterr().err
+    assert "pairs of 5 queries" in said and "about" in said and not (tmp_path / "plan").exists()
+    assert "was made for texts of" not in said
+    for name, length in (("full", 64), ("short", 12)):
+        main([*command, "--output_dir", str(tmp_path / name), "--length", str(length)])
+    assert "was made for texts of 64 tokens and will read 12" in capsys.readouterr().err
+    collection = load_collection(micro)
+    full, short = (RowSet.load(tmp_path / n, collection.queries, collection.corpus) for n in ("full", "short"))
+    assert len(full) == len(short) == 5 and full.query.tolist() == short.query.tolist()
+    assert not np.allclose(full.values_at("scores", 0), short.values_at("scores", 0))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..console import get_logger, print_table
+from ..console import duration, get_logger, print_table
 from ..errors import InputError
 from .options import DataOptions, IndexOptions, ModelOptions, RowOptions, StudentOptions
 from .parsing import Verb, require
@@ -296,12 +296,12 @@ class Distillation:
         """Prints the plan; work that is cached from an earlier run takes no time again."""
         lines = self.plan()
         total = sum(seconds for _, seconds in lines)
-        rows = [(text, _duration(seconds)) for text, seconds in lines]
+        rows = [(text, duration(seconds)) for text, seconds in lines]
         print_table(
             f"Plan: {', '.join(spec.origin for spec in self.teachers)} teaches {self.options.student} "
             f"on {self.data.collection.name}",
             ["step", "about"],
-            [*rows, ("in all (what an earlier run has cached is skipped)", _duration(total))],
+            [*rows, ("in all (what an earlier run has cached is skipped)", duration(total))],
         )
 
     # ---- Work ----
@@ -483,14 +483,6 @@ class Distillation:
             f"`student_no_teacher` had the same start, rows and steps, and no teacher: what distillation brought is "
             f"the difference to it, {gain:+.4f} {measure} in this run (one seed)."
         )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 1:
-        return "< 1 s"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def run(

@@ -328,6 +328,12 @@ class ScoreOptions(PushToOptions):
         "Also write the scores of these layers, all or numbers from 1 such as 2,4,6, as the column layer_scores_NAME "
         "(layer_scores_teacher of the primary teacher).",
     )
+    max_queries: int | None = _option(None, "Score the rows of so many queries, a seeded sample. Default: all.")
+    seed: int = _option(42, "Of the sample.")
+    length: int | None = _option(
+        None, "Longest pair (of a bi-encoder: passage) that the teacher reads. Default: as it was trained."
+    )
+    plan_only: bool = _option(False, "Say how many pairs there are and how long they take, and stop.")
     output_dir: str | None = _option(None, "Folder for the scored rows. Default: the row set's own.")
 
 

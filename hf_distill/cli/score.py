@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from ..console import get_logger
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..console import duration, get_logger
 from ..errors import InputError
 from .options import CollectionOptions, EncodeOptions, ScoreOptions
 from .parsing import Verb, require
 
+
+if TYPE_CHECKING:
+    from ..data import Collection, RowSet
+    from ..models.base import RetrievalModel
 
 logger = get_logger(__name__)
 
@@ -23,21 +30,24 @@ def run(data_options: CollectionOptions, options: ScoreOptions, encode_options: 
             "hf-distill score needs either --model (a Hub id or folder) or --run (a TREC file)",
             cure="See hf-distill score --help",
         )
-    from ..models import load_model
     from ..retrieval import score_from_run, score_layers, score_rows
     from . import publishing, steps
 
     data = steps.Data.open(data_options)
-    rows = steps.named_rows(data, options.rows)
+    rows = steps.sample_rows(steps.named_rows(data, options.rows), options.max_queries, options.seed)
+    encode = steps.encode_settings(encode_options, data_options)
+    model = None if options.model is None else open_teacher(options.model, options.model_revision, options.length)
+    if model is not None:
+        announce(model, rows, data.collection, encode)
+    if options.plan_only:
+        return
     target = steps.claim_rows(steps.row_folder(data, options.output_dir, options.rows))
     publishing.check_push_to(options)
-    if options.run is not None:
+    if model is None:
         if options.layers is not None:
             raise InputError("a run has no layers", where="--layers", cure="Give the model that made it (--model)")
         scored = score_from_run(rows, options.run, column=options.column)
     else:
-        model = load_model(options.model, revision=options.model_revision)
-        encode = steps.encode_settings(encode_options, data_options)
         layers = _layers(options.layers)
         if layers is not None and layers != "all":
             model.check_layers(layers)
@@ -50,6 +60,39 @@ def run(data_options: CollectionOptions, options: ScoreOptions, encode_options: 
     steps.save_rows(scored, data, target, options.rows)
     logger.info("column %s of %s rows written to %s", options.column, f"{len(scored):,}", target)
     publishing.push_rows(scored, data_options, options, target)
+
+
+def open_teacher(name: str, revision: str | None, length: int | None) -> RetrievalModel:
+    """Opens a teacher, at another length than it was trained at only with a warning."""
+    from ..models import load_model
+
+    model = load_model(name, revision=revision)
+    if length is None:
+        return model
+    field = "max_length" if model.representation == "pair" else "passage_length"
+    trained = getattr(model.config, field)
+    if trained == length:
+        return model
+    logger.warning(
+        "%s was made for texts of %s tokens and will read %s: its scores change, and what it was measured at does not "
+        "hold for them.", name, trained, length,
+    )  # fmt: skip
+    return load_model(name, revision=revision, **{field: length})
+
+
+def announce(model: RetrievalModel, rows: RowSet, collection: Collection, encode: Mapping[str, Any]) -> None:
+    """Says how many pairs will be scored, and about how long that takes."""
+    from accelerate import PartialState
+
+    from ..retrieval import estimate_seconds
+
+    pairs, processes = int(rows.lengths.sum()), PartialState().num_processes
+    seconds = estimate_seconds(model, collection, pairs, pairs=True, **encode)
+    logger.info(
+        "scoring %s pairs of %s queries with %s: about %s on %d process%s",
+        f"{pairs:,}", f"{len(rows):,}", model.name_or_path, duration(seconds), processes,
+        "es" if processes > 1 else "",
+    )  # fmt: skip
 
 
 def layer_column(column: str) -> str:

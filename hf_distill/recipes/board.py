@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from ..console import get_logger, print_table
+from ..console import duration, get_logger, print_table
 
 
 logger = get_logger(__name__)
@@ -99,14 +99,3 @@ class Board:
     def show(self) -> None:
         """Prints the table as it stands."""
         print_table(self.title, COLUMNS, [line.cells() for line in self.lines.values()])
-
-
-def duration(seconds: float) -> str:
-    """`"41 s"`, `"12 min"`, `"3.2 h"`, `"5 d"`."""
-    if seconds < 1:
-        return "< 1 s"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 2 * 86400 else f"{seconds / 86400:.0f} d"

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..console import duration
 from ..files import fingerprint, read_json, write_json, write_text
-from .board import duration
 from .loading import Recipe
 from .processes import in_other_process
 from .records import Record, Workspace

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..console import get_logger, print_table
+from ..console import duration, get_logger, print_table
 from ..errors import InputError
 from ..files import write_text
 from . import processes
-from .board import Board, Line, duration
+from .board import Board, Line
 from .checks import check_graph, check_ids, check_stages, command_settings, fields_to_check
 from .cost import estimate
 from .keys import Contents, differences, stage_keys
