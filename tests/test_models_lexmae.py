@@ -21,7 +21,7 @@ from hf_distill.data.masking import (
     corrupt,
 )
 from hf_distill.errors import InputError
-from hf_distill.models import LexicalRetriever, LexMAEForPreTraining, set_dropout
+from hf_distill.models import DenseRetriever, LexicalRetriever, LexMAEForPreTraining, load_model, set_dropout
 from hf_distill.models.lexmae import LexMAEConfig
 from tests.model_zoo import TEXTS, save_tiny, tokenizer_for
 from tests.test_losses_golden import GOLDEN
@@ -228,7 +228,10 @@ def test_families_train_and_give_plain_checkpoints(family, tiny_tokenizer, tmp_p
     ids = torch.tensor([model.processor().passages(TEXTS[:1])[0]])
     with torch.no_grad():
         torch.testing.assert_close(plain(input_ids=ids).logits, model.eval().backbone(input_ids=ids).logits)
-    assert LexicalRetriever.from_pretrained(tmp_path / "saved").embedding_size == plain.config.vocab_size
+    lexical = load_model(tmp_path / "saved")
+    assert isinstance(lexical, LexicalRetriever) and lexical.config.pooled_tokens == "text"
+    assert lexical.embedding_size == plain.config.vocab_size
+    assert isinstance(DenseRetriever.from_pretrained(tmp_path / "saved"), DenseRetriever)
     again = LexMAEForPreTraining.from_pretrained(start, passage_length=40)
     again.load_checkpoint(tmp_path / "saved")
     for name, tensor in model.state_dict().items():

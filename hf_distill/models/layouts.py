@@ -137,7 +137,8 @@ def read_layout(folder: Path, name: str) -> Layout:
     if any(architecture.endswith("ForSequenceClassification") for architecture in architectures):
         # sentence-transformers takes the length of a bare cross-encoder from its tokenizer.
         return Layout("cross-encoder", TowerLayout(folder), **shared)
-    return Layout("dense", TowerLayout(folder), **shared)
+    # What LexMAE has pre-trained is a plain masked-LM checkpoint, meant to become a lexical model.
+    return Layout("lexical" if extra.get("archetype") == "lexmae" else "dense", TowerLayout(folder), **shared)
 
 
 def expect_kind(layout: Layout, wanted: str, name: str) -> None:

@@ -271,7 +271,9 @@ class LexMAEForPreTraining(RetrievalModel):
 
     def _export(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
         self._save_tower("backbone", folder, state)
-        layouts.write_json(folder / layouts.EXTRA_FILE, {"archetype": "lexmae", "template": self.config.template})
+        # How a lexical model that starts from here pools.
+        extra = {"archetype": "lexmae", "pooled_tokens": "text", "template": self.config.template}
+        layouts.write_json(folder / layouts.EXTRA_FILE, extra)
 
     def _restore(self, folder: Path) -> None:
         self._restore_tower("backbone", folder)
