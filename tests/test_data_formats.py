@@ -327,6 +327,28 @@ def test_scripts_on_the_hub_are_read_through_their_files(tmp_path, monkeypatch):
     assert revision == "c0ffee" and not [pattern for pattern in patterns if "py" in pattern or "pkl" in pattern]
 
 
+@pytest.mark.parametrize(
+    ("columns", "kind"),
+    [
+        ({"qid": [10], "pos": [[0]], "neg": [{"bm25": [3]}]}, "FormatSource"),
+        ({"anchor": ["a"], "positive": ["b"]}, "HubSource"),
+    ],
+)
+def test_repositories_of_one_config_show_what_they_are(tmp_path, monkeypatch, columns, kind):
+    import datasets
+
+    from hf_distill.data import sources
+
+    write_records(tmp_path / "snapshot" / "hard.jsonl", [{"qid": 10, "pos": [0], "neg": {"bm25": [3]}}])
+    monkeypatch.setattr(sources, "fetch_configs", lambda repo, revision: ["default"])
+    monkeypatch.setattr(sources, "resolve_revision", lambda repo, revision: "c0ffee")
+    monkeypatch.setattr(sources, "fetch", lambda *arguments: {"train": datasets.Dataset.from_dict(columns)})
+    monkeypatch.setattr("hf_distill.data.formats.opening.fetch_data_files", lambda *arguments: tmp_path / "snapshot")
+    opened = open_inputs(["me/some"])
+    assert type(opened).__name__ == kind and opened.revision == "c0ffee"
+    assert kind == "HubSource" or opened.row_sets() == ["hard"]
+
+
 # ------------------------------------------------------------------------------- hard negatives, id forms, strings
 
 
