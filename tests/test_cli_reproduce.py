@@ -246,6 +246,33 @@ def test_from_a_repository_at_a_revision(hub, hub_client, place):
     assert code == "2"
 
 
+def test_a_manifest_of_somebody_else_cannot_send_things_away(place, capsys):
+    target = shutil.copytree(place.trained, place.root / "foreign-manifest")
+    manifest = manifest_of(target)
+    out = ["--output_dir", place.root / "nowhere"]
+    manifest["arguments"] += ["--push_to_hub=true", "--hub_model_id", "evil/repo", "--cache_dir", "/elsewhere"]
+    manifest["launch"]["typed"] = "--launch cpu:2 --module evil"
+    write_json(target / "run_manifest.json", manifest)
+    words, _ = reproduce(capsys, target, *out)
+    assert words[:2] == ["hf-distill", "train"]
+    assert not {"--push_to_hub=true", "--push_to_hub", "--hub_model_id", "evil/repo", "--cache_dir"} & set(words)
+    write_json(target / "run_manifest.json", {**manifest, "arguments": ["push", "--folder", "/home"]})
+    _, said = reproduce(capsys, target, *out, code=2)
+    assert "the verb 'push' cannot be repeated" in said
+
+
+def test_several_processes_are_launched_again(place, capsys):
+    target = shutil.copytree(place.trained, place.root / "launched")
+    manifest = {**manifest_of(target), "world_size": 2}
+    write_json(target / "run_manifest.json", manifest)
+    words, _ = reproduce(capsys, target, "--output_dir", place.root / "nowhere")
+    assert words[:4] == ["hf-distill", "--launch", "cpu:2", "train"]
+    manifest["launch"]["typed"] = "--launch multi_cpu:2"
+    write_json(target / "run_manifest.json", manifest)
+    words, _ = reproduce(capsys, target, "--output_dir", place.root / "nowhere")
+    assert words[1:4] == ["--launch", "multi_cpu:2", "train"]
+
+
 def test_revisions_are_pinned(place, capsys):
     """A commit that was resolved then stands in the command now."""
     target = shutil.copytree(place.trained, place.root / "pinned")

@@ -196,9 +196,9 @@ def _field_names(verb: str) -> set[str]:
 def _verb(name: str) -> Verb:
     from .main import VERBS
 
-    if name not in VERBS:
+    if name not in VERBS or name in _NEVER_RUN:
         raise InputError(
-            f"there is no verb {name!r} in this version", where="manifest", cure="Use the version it names"
+            f"the verb {name!r} cannot be repeated in this version", where="manifest", cure="Use the version it names"
         )
     return importlib.import_module(f"hf_distill.cli.{name}").VERB
 
