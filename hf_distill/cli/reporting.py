@@ -221,6 +221,7 @@ class Report:
             else "Nothing.",
             reading=reading,
             training=training,
+            template=trainer._card,
             base_models=base_models,
             teachers=[str(teacher["model"]) for teacher in teachers if teacher.get("model")],
             datasets=[collection.source],

@@ -100,6 +100,7 @@ class BaseTrainer(PublishingTrainer):
     _name: ClassVar[str] = "Training"
     _paper: ClassVar[Mapping[str, str] | None] = None
     _tags: ClassVar[Sequence[str]] = ("hf_distill",)
+    _card: ClassVar[str] = "student"
 
     # Our losses are means over the micro-batch, so the Trainer has to divide by the number of accumulation steps.
     loss_is_scaled_for_ga = False

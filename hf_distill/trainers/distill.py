@@ -30,6 +30,15 @@ from .sparsity import check_vocabulary
 
 logger = get_logger(__name__)
 
+# Cited where layers teach.
+LEAD = {
+    "title": "LEAD: Liberal Feature-based Distillation for Dense Retrieval",
+    "authors": "Hao Sun, Xiao Liu, Yeyun Gong, Anlei Dong, Jingwen Lu, Yan Zhang, Linjun Yang, Rangan Majumder, "
+    "Nan Duan",
+    "year": "2024",
+    "arxiv": "2212.05225",
+}
+
 
 class DistillTrainer(JointTraining, RetrievalTrainer):
     """Trains a student on what its teachers say about the candidates.
@@ -77,6 +86,8 @@ class DistillTrainer(JointTraining, RetrievalTrainer):
             ],
             **kwargs,
         )
+        if any(term.name == "layer_alignment" for term in self.terms.values()):
+            self._paper, self._tags, self._card = LEAD, (*self._tags, "lead"), "lead"
         for teacher in self.teachers.values():
             teacher.to(self.args.device)
         if self.rows is not None:
@@ -85,7 +96,8 @@ class DistillTrainer(JointTraining, RetrievalTrainer):
     def default_losses(self) -> list[dict[str, Any]]:
         candidates = "own" if self.ranks_pairs else self.primary.candidate_sets[-1]
         method = self._layer_options.method or ("lead" if self.joint is not None else "response")
-        terms = method_losses(method, candidates, joint=self.joint is not None)
+        scale = self._layer_options.layer_calibration
+        terms = method_losses(method, candidates, joint=self.joint is not None, layer_calibration=scale)
         return [*terms, *self.regulariser()]
 
     def teachers_of(self, term: LossTerm) -> list[Teacher]:

@@ -7,7 +7,9 @@ from typing import Any
 from ..errors import InputError
 
 
-def method_losses(method: str, candidates: str, joint: bool = False) -> list[dict[str, Any]]:
+def method_losses(
+    method: str, candidates: str, joint: bool = False, layer_calibration: str = "none"
+) -> list[dict[str, Any]]:
     """The loss terms of a method.
 
     - `response`: KL from the teacher's ranking, nothing else
@@ -23,6 +25,7 @@ def method_losses(method: str, candidates: str, joint: bool = False) -> list[dic
         candidates: Which passages a query is compared with, by every term.
         joint: Whether the teacher is trained along: then it has a contrastive loss too, and follows the student's
             ranking as the student follows its.
+        layer_calibration: How layers' scores are scaled on both sides, see [`calibrate`]; none in the original.
 
     Raises:
         InputError: For an unknown method.
@@ -32,7 +35,9 @@ def method_losses(method: str, candidates: str, joint: bool = False) -> list[dic
     labelled = [contrastive, response]
     if joint:
         labelled = [contrastive, contrastive | {"learner": "teacher"}, response, response | {"learner": "teacher"}]
-    layers = {"name": "layer_alignment", "candidates": candidates}
+    layers: dict[str, Any] = {"name": "layer_alignment", "candidates": candidates}
+    if layer_calibration != "none":
+        layers |= {"calibration": layer_calibration, "calibrate_student": True}
     methods: dict[str, list[dict[str, Any]]] = {
         "response": [response],
         "none": [contrastive],

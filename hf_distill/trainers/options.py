@@ -95,6 +95,11 @@ class DistillOptions(RetrievalOptions):
         "Which layers a layer_alignment term compares: random (ordered pairs, drawn anew now and then), last, skip, "
         "even, or pairs student:teacher such as 2:4,6:12, numbered from 1.",
     )
+    layer_calibration: str = _option(
+        "none",
+        "What a method does to layers' scores on both sides first: none is LEAD's own, z_norm tames raw MaxSim.",
+        choices=["none", "z_norm", "min_max", "rank"],
+    )
     num_layer_pairs: int | None = _option(None, "Pairs of layers at a time. Default: 5, or all of a smaller model.")
     layer_resample_every: int = _option(10, "Optimiser steps between two draws of random pairs.")
     teacher_learning_rate: float | None = _option(
