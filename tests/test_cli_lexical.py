@@ -132,6 +132,19 @@ def test_indexes_for_other_engines(world, micro):
     assert (world["root"] / "ciff" / "index.ciff").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("profile", ["smoke", "paper"])
+@pytest.mark.parametrize("recipe", ["led", "lexmae"])
+def test_the_recipes_can_be_run(recipe, profile, micro, tiny_tokenizer, tmp_path, capsys):
+    """Every stage's settings are looked at, with an encoder that is here."""
+    encoder = save_tiny(tmp_path / "encoder", "bert", tiny_tokenizer, head="MaskedLM", layers=2)
+    names = ["encoder", *(["lexical_encoder"] if (recipe, profile) == ("led", "paper") else [])]
+    chosen = [word for name in names for word in ("--set", f"{name}={encoder}")]
+    command = ["recipe", recipe, "--profile", profile, "--set", f"data={micro}", *chosen, "--dry-run"]
+    main([*command, "--output_dir", str(tmp_path / "out")])
+    shown = capsys.readouterr().out
+    assert "stage_3" in shown if recipe == "lexmae" else "led_ranker" in shown
+
+
 def test_what_is_refused(micro, tiny_bert, tmp_path, capsys):
     out = ["--output_dir", tmp_path / "out"]
     train = ["train", "--data", micro, "--model", tiny_bert, *out, *SHORT]
