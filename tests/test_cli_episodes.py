@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pyarrow.parquet as pq
 import pytest
@@ -85,3 +88,16 @@ def test_the_recipe_is_complete(profile, micro):
     last = recipe.stages["model_3"].settings
     assert "stop_after" not in last and recipe.stages["model_1"].settings["stop_after"] > 0
     assert recipe.stages["pool_3"].settings["previous"] == "${pool_2}"
+
+
+@pytest.mark.distributed
+def test_two_processes_mine_the_same_pool(micro, tiny_bert, tmp_path):
+    mining = words(data=micro, model=tiny_bert, dtype="float32")
+    command = [sys.executable, "-m", "hf_distill", "--launch", "cpu:2", "episode"]
+    environment = {**os.environ, "HF_DISTILL_CACHE": str(tmp_path / "cache of two"), "OMP_NUM_THREADS": "1"}
+    two = tmp_path / "two"
+    subprocess.run([*command, *mining, *MINING, "--output_dir", str(two)], check=True, env=environment)
+    one = tmp_path / "one"
+    main(["episode", *mining, *MINING, "--output_dir", str(one)])
+    for file in ("train-00000-of-00001.parquet", "mining/ranks.parquet"):
+        assert (one / file).read_bytes() == (two / file).read_bytes()
