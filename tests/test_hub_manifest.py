@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 
+import pytest
 from huggingface_hub import ModelCard
 
-from hf_distill.hub.cards import bibtex, write_model_card
+from hf_distill.errors import InputError
+from hf_distill.hub.cards import bibtex, template_path, usage_of, write_model_card
 from hf_distill.hub.manifest import run_manifest, without_secrets
 from hf_distill.trainers import DistillTrainer
 
@@ -77,3 +79,35 @@ def test_card_is_read_back_by_the_hub_client(tmp_path):
     assert (result.metric_name, result.metric_value, result.dataset_split) == ("nDCG@10", 0.5124, "test")
     assert "Geoffrey Hinton and Oriol Vinyals and Jeff Dean" in card.text and "1503.02531" in card.text
     assert str(local) not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "loader"),
+    [
+        ("dense", "SentenceTransformer"),
+        ("sparse", "SparseEncoder"),
+        ("tokens", "MultiVectorEncoder"),
+        ("pair", "CrossEncoder"),
+    ],
+)
+def test_the_card_shows_how_each_kind_is_loaded(kind, loader):
+    import sentence_transformers
+
+    shown = usage_of(kind, "me/model")
+    assert f'{loader}("me/model")' in shown and f"import {loader}\n" in shown
+    for method in ("encode_query", "encode_document", "similarity", "predict"):
+        assert f"model.{method}(" not in shown or hasattr(getattr(sentence_transformers, loader), method)
+
+
+def test_card_templates_are_found_in_an_installation_too(tmp_path, monkeypatch):
+    from hf_distill.hub import cards
+
+    checkout = template_path("student")
+    installed = tmp_path / "share" / "hf_distill" / "model_cards" / "student.md"
+    installed.parent.mkdir(parents=True)
+    installed.write_bytes(checkout.read_bytes())
+    monkeypatch.setattr(cards, "__file__", str(tmp_path / "lib" / "hf_distill" / "hub" / "cards.py"))
+    monkeypatch.setattr(cards.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert template_path("student") == installed
+    with pytest.raises(InputError, match="no card template other.md"):
+        template_path("other")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 
 import pytest
 
+from hf_distill.data import load_collection
 from hf_distill.hub.client import PATIENCE, split_revision
 
-from .hub_client import RemoteError
+from .hub_client import RemoteError, verb
 
 
 # The phases of a push into a new repository, in the order in which they come.
@@ -279,3 +281,56 @@ def test_a_token_in_a_file_is_not_published(hub, hub_client, student):
 def test_revisions_in_names():
     assert split_revision("me/rows@v1") == ("me/rows", "v1")
     assert split_revision("me/rows") == ("me/rows", None)
+
+
+# ---- hf-distill push ----
+
+
+def test_what_a_folder_holds_decides(hub, hub_client, micro, tiny_bert, tmp_path):
+    (tiny_bert / "README.md").write_text('---\ntags: [x]\n---\nSentenceTransformer("tiny-bert")\n')
+    checkpoint = tmp_path / "checkpoint-5"
+    shutil.copytree(tiny_bert, checkpoint)
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 5}')
+    (checkpoint / "optimizer.pt").write_bytes(b"state")
+    space = tmp_path / "space"
+    space.mkdir()
+    (space / "README.md").write_text("---\nsdk: gradio\n---\n")
+    (space / "app.py").write_text("")
+    for number, (folder, kind) in enumerate(
+        [(tiny_bert, "model"), (checkpoint, "model"), (micro, "dataset"), (space, "space")]
+    ):
+        code, errors = hub_client(verb, "push", folder, "--repo_id", f"alice/thing-{number}", "--private", "true")
+        assert code == 0, errors
+        assert hub.repo(f"alice/thing-{number}", kind).private
+    assert b'SentenceTransformer("alice/thing-0")' in hub.repo("alice/thing-0").files()["README.md"]
+    assert b'("tiny-bert")' in (tiny_bert / "README.md").read_bytes(), "the folder stays as it is"
+    files = set(hub.repo("alice/thing-1").files())
+    assert {"model.safetensors", "last-checkpoint/optimizer.pt", "last-checkpoint/trainer_state.json"} <= files
+    assert "optimizer.pt" not in files
+    assert {"README.md", "qrels/dev.parquet"} <= set(hub.repo("alice/thing-2", "dataset").files()), "in our layout"
+    assert hub_client(_fingerprint, "alice/thing-2") == load_collection(micro).fingerprint
+
+
+def _fingerprint(name):
+    from hf_distill.data import load_collection
+
+    return load_collection(name).fingerprint
+
+
+def test_what_cannot_be_pushed(hub, hub_client, tmp_path):
+    (tmp_path / "empty").mkdir()
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "metadata.json").write_text("{}")
+    (rows / "train.parquet").write_bytes(b"PAR1")
+    for words, sentence in (
+        ([], "still needs --folder (what to push), --repo_id (where to, you/name)"),
+        ([tmp_path / "nowhere", "--repo_id", "alice/x"], "no such folder"),
+        ([tmp_path / "empty", "--repo_id", "alice/x"], "neither a model, nor rows, nor data are recognised"),
+        ([tmp_path / "empty", "--repo_id", "alice/x", "--repo_type", "model"], "nothing to push"),
+        ([tmp_path / "empty", "--repo_id", "a/b/c"], "'a/b/c' is no id of a repository"),
+        ([rows, "--repo_id", "alice/x"], "the collection that it belongs to is not known. Name it with --data"),
+    ):
+        code, errors = hub_client(verb, "push", *words)
+        assert code == 2 and sentence in errors, errors
+    assert not hub.repos

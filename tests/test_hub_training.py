@@ -7,9 +7,12 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from hf_distill.data import RowSet, load_collection
 from hf_distill.files import read_json
 
 from .hub_client import RemoteError, verb
@@ -240,7 +243,54 @@ def test_a_program_of_ones_own(hub, hub_client, micro, tiny_bert, tmp_path):
     assert NATIVE | {"README.md", "run_manifest.json", "training_args.json"} <= set(repo.files())
     assert not any(b"hf_alice" in content for content in repo.files().values())
     assert json.loads(repo.files()["run_manifest.json"])["training"]["steps"] == 2
+    assert 'SentenceTransformer("alice/retriever")' in repo.files()["README.md"].decode()
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "README.md").write_text("# My own card\n")
+    hub_client(_train_in_a_program, micro, tiny_bert, tmp_path / "own")
+    assert hub.repo("alice/own").files()["README.md"] == b"# My own card\n"
     with pytest.raises(RemoteError, match="another run"):
         hub_client(
             _train_in_a_program, micro, tiny_bert, tmp_path / "two", hub_model_id="retriever", learning_rate=1e-6
         )
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_processes_push_whole_checkpoints(hub, micro, tiny_bert, tiny_ranker, tmp_path):
+    """One process pushes, when both have written their part; both go on from the repository, with the same weights."""
+    collection = load_collection(micro)
+    rows = RowSet.from_qrels(collection, "train")
+    rows.with_column("scores", [np.arange(n) for n in rows.lengths]).save(tmp_path / "rows")
+    common = {"collection": micro, "rows": tmp_path / "rows", "teacher": tiny_bert, "ranker": tiny_ranker}
+    arguments = {
+        "use_cpu": True, "per_device_train_batch_size": 4, "num_negatives": 0, "report_to": "none", "save_steps": 2,
+        "losses": "[contrastive]", "lr_scheduler_type": "constant", "eval_strategy": "no", "disable_tqdm": True,
+    }  # fmt: skip
+    push = {"push_to_hub": True, "hub_model_id": "alice/student", "hub_strategy": "checkpoint"}
+    jobs = [
+        {"arguments": {"output_dir": "first", "max_steps": 2, **push}},
+        {"arguments": {"output_dir": "again", "max_steps": 4}, "resume": "alice/student"},
+        {"arguments": {"output_dir": "whole", "max_steps": 4}},
+    ]
+    for job in jobs:
+        job |= {
+            **{name: str(path) for name, path in common.items()},
+            "result": job["arguments"]["output_dir"] + ".json",
+        }
+        job["arguments"] = {**arguments, **job["arguments"]}
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    root = Path(__file__).parents[1]
+    options = ["--config_file", root / "hf_distill" / "configs" / "multi_cpu.yaml", "--num_processes", "2"]
+    words = [*options, "--main_process_port", "0", root / "tests" / "distributed_run.py", tmp_path / "jobs.json"]
+    environment = os.environ | hub.environment(tmp_path / "home", token="hf_alice") | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *map(str, words)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, again, whole = (read_json(tmp_path / job["result"]) for job in jobs)
+    assert first["world_size"] == again["world_size"] == 2
+    repo = hub.repo("alice/student")
+    assert {"last-checkpoint/rng_state_0.pth", "last-checkpoint/rng_state_1.pth"} <= set(repo.files())
+    assert repo.history() == ["Training in progress, step 2", "initial commit"]
+    assert again["weights"] == whole["weights"] != first["weights"]

@@ -87,6 +87,9 @@ def test_the_wheel_holds_every_file_of_the_package(root, tmp_path):
     there = {path.relative_to(root).as_posix() for path in package.rglob("*") if path.is_file()}
     assert not {name for name in there if "__pycache__" not in name} - held
     assert "hf_distill/configs/zero3.yaml" in held
+    cards = {path.name for path in (root / "model_cards").glob("*.md")}
+    assert {"student.md", "rows.md"} <= cards
+    assert not cards - {name.rpartition("/")[2] for name in held if "/share/hf_distill/model_cards/" in name}
 
 
 def test_version_is_one(root):

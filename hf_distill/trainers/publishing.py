@@ -176,9 +176,9 @@ class PublishingTrainer(Trainer):
             write_json(folder / MANIFEST, run_manifest(settings=self.run_identity(), seeds=seeds, training=training))
         else:
             write_json(folder / MANIFEST, {**known, "training": training})
-        if known is None and (folder / "README.md").is_file():
-            return  # somebody's own
-        self.create_model_card()
+        card = folder / "README.md"
+        if not card.is_file() or "- hf_distill\n" in card.read_text(encoding="utf-8"):  # else it is somebody's own
+            self.create_model_card()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes `README.md` from what the run knows by now.
