@@ -366,6 +366,12 @@ def test_hard_negatives_by_system(msmarco):
         },
         "11": {"ids": ["1"], "positives": 1, "sources": ["positive"], "ranks": [0]},
     }  # fmt: skip
+    # The same file where a row set is named, as parquet, and beside a collection of our own layout.
+    table = pa.Table.from_pylist(records)
+    pq.write_table(table, msmarco.parent / "hard.parquet")
+    for path in (msmarco / "msmarco-hard-negatives.jsonl.gz", msmarco.parent / "hard.parquet"):
+        rows = RowSet.load(path, collection.queries, collection.corpus)
+        assert contents(rows) == contents(collection.rows("msmarco_hard_negatives"))
     (msmarco / "collection.tsv").rename(msmarco / "x.tsv")
     with pytest.raises(InputError, match="msmarco: no corpus .*found: .*msmarco-hard-negatives.jsonl.gz .hard_negati"):
         load_collection(msmarco)

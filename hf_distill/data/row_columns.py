@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -40,11 +40,13 @@ def standard_rows(block: Block, notes: Notes) -> Block:
 
     Read are `document_ids` as it is, and one or more columns of positives and negatives: `positive_document_ids` and
     `negative_document_ids` (Tevatron), `positive_id` and `negative_id` or `negative_1_id` … (sentence-transformers),
-    each an identifier or a list of them. Lists may be stored as strings; see `parse_list`.
+    each an identifier or a list of them. Lists may be stored as strings; see `parse_list`. Where the negatives are
+    `{retriever: [...]}` (msmarco-hard-negatives), the rows have `sources` and `ranks`, and a negative that several
+    retrievers found stands there once for each.
     """
     if schema.DOCUMENT_IDS in block.columns:
         lists = [name for name in block.columns if name == schema.DOCUMENT_IDS or schema.per_document_type(name)]
-        parsed = {name: _parsed(block, name) for name in lists if _holds_strings(block.columns[name])}
+        parsed = {name: _parsed(block, name) for name in lists if _holds(block.columns[name], str, _is_string)}
         return Block({**block.columns, **parsed}, block.where, block.first, block.unit, block.lines)
     positive = next((name for name in POSITIVE_NAMES if name in block.columns), None)
     if positive is None:
@@ -54,12 +56,31 @@ def standard_rows(block: Block, notes: Notes) -> Block:
     if query is None:
         return block
     positives = id_lists(block, positive)
+    queries = [identifiers[0] if identifiers else None for identifiers in id_lists(block, query)]
+    systems = next((name for name in negatives if _holds(block.columns[name], dict, pa.types.is_struct)), None)
+    if systems is not None:
+        return pool_rows(block, queries, positives, _pools_by_system(block, systems), notes)
     columns = [id_lists(block, name) for name in negatives]
-    pools = [[("negatives", [item for part in row for item in part], {})] for row in zip(*columns)] or [
-        [] for _ in positives
-    ]
-    made = pool_rows(block, plain(block.columns[query]), positives, pools, notes)
+    tails = [[item for part in row for item in part] for row in zip(*columns)] or [[] for _ in positives]
+    made = pool_rows(block, queries, positives, [[("negatives", ids, {})] for ids in tails], notes)
     return Block({name: made.columns[name] for name in made.columns if name != schema.SOURCES}, *_place(made))
+
+
+def _pools_by_system(block: Block, name: str) -> list[list[Pool]]:
+    """A pool for each retriever whose results a row has, best first."""
+    pools: list[list[Pool]] = []
+    for row, systems in enumerate(plain(block.columns[name])):
+        if not isinstance(systems, dict):
+            raise InputError(
+                f"{str(systems)[:80]!r} is no object of lists",
+                where=f"{block.place(row)}, field {name!r}",
+                cure='It maps a retriever to its results: {"bm25": [17, 4]}',
+            )
+        part = Block({system: [ids] for system, ids in systems.items() if ids}, block.place(row), 1, "row")
+        lists = {system: id_lists(part, system)[0] for system in part.columns}
+        found = [(system, ids, {schema.RANKS: range(1, len(ids) + 1)}) for system, ids in lists.items()]
+        pools.append(found or [("none", (), {schema.RANKS: ()})])
+    return pools
 
 
 def pool_rows(
@@ -181,10 +202,15 @@ def plain(values: Any) -> list[Any]:
     return values.to_pylist() if isinstance(values, (pa.Array, pa.ChunkedArray)) else list(values)
 
 
-def _holds_strings(values: Any) -> bool:
+def _holds(values: Any, kind: type, arrow_kind: Callable[[pa.DataType], bool]) -> bool:
+    """Whether a column has values of a type, in Python or in Arrow."""
     if isinstance(values, (pa.Array, pa.ChunkedArray)):
-        return pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
-    return any(isinstance(value, str) for value in values)
+        return arrow_kind(values.type)
+    return any(isinstance(value, kind) for value in values)
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _parsed(block: Block, name: str) -> list[Any]:

@@ -35,7 +35,7 @@ KINDS: dict[str, Kind] = {
             QRELS: tables.read_rows_qrels,
         },
     ),
-    "hard_negatives": Kind(ROWS, {ROWS: records.read_hard_negatives, QRELS: tables.read_rows_qrels}),
+    "hard_negatives": Kind(ROWS, {ROWS: tables.read_rows, QRELS: tables.read_rows_qrels}),
     "pickled_negatives": Kind(ROWS, {ROWS: scores.read_pickled_rows}),
     SCORES: Kind(SCORES, {SCORES: scores.read_scores_rows, ROWS: scores.read_scores_rows}),
 }

@@ -1,4 +1,4 @@
-"""JSON lines: Tevatron's with texts inside, and msmarco-hard-negatives with lists by retriever."""
+"""Tevatron's JSON lines, with the passages' texts inside."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hf_distill.data import schema
 from hf_distill.data.notes import Notes
 from hf_distill.data.readers import Block, read_blocks
-from hf_distill.data.row_columns import id_lists, plain, pool_rows
+from hf_distill.data.row_columns import plain, pool_rows
 from hf_distill.data.values import find_column
 from hf_distill.errors import InputError
 
@@ -85,28 +85,3 @@ def _docid(passage: Mapping[str, Any], block: Block, row: int, name: str) -> str
             cure="Give every passage a 'docid'; where there are none, read the texts as columns (anchor, positive, …)",
         )
     return str(value)
-
-
-def read_hard_negatives(source: FormatSource, item: Input, notes: Notes) -> Iterator[Block]:
-    """`{"qid": …, "pos": […], "neg": {retriever: […]}}` as one row for each query.
-
-    A negative that several retrievers found stands there once for each, with its rank.
-    """
-    for block in read_blocks(item.path):
-        queries = id_lists(block, find_column(block, ("qid", *schema.QUERY_ID_NAMES)))
-        pools = []
-        for row, systems in enumerate(plain(block.columns[find_column(block, ("neg",))])):
-            if not isinstance(systems, dict):
-                raise InputError(
-                    f"{str(systems)[:80]!r} is no object of lists",
-                    where=f"{block.place(row)}, field 'neg'",
-                    cure='It maps a retriever to its results: {"bm25": [17, 4]}',
-                )
-            part = Block({name: [ids] for name, ids in systems.items() if ids}, block.place(row), 1, "row")
-            lists = {name: id_lists(part, name)[0] for name in part.columns}
-            pools.append(
-                [(name, ids, {schema.RANKS: list(range(1, len(ids) + 1))}) for name, ids in lists.items()]
-                or [("none", [], {schema.RANKS: []})]
-            )
-        positives = id_lists(block, find_column(block, ("pos",)))
-        yield pool_rows(block, [query[0] for query in queries], positives, pools, notes)
