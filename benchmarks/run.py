@@ -32,7 +32,14 @@ QUICK = {
     + ["--vectors", "70000,140000"],
     "neighbours": ["--vectors", "20000,100000", "--queries", "200", "--rounds", "1"],
     "distillation": ["--batch", "8", "--steps", "1", "--rounds", "3"],
+    "scoring": ["--queries", "4", "--candidates", "24", "--rounds", "3"],
     "conversion": ["--passages", "100000", "--rounds", "3"],
+    "streaming": ["--rows", "50000", "--passages", "50000", "--timed", "20000", "--tokenised", "1024"]
+    + ["--rounds", "3"],
+    "overhead": ["--batch", "8", "--steps", "2", "--rounds", "3"],
+    "lexical_training": ["--batch", "8", "--steps", "1", "--rounds", "3"],
+    "pretraining": ["--batch", "8", "--steps", "1", "--rounds", "3"],
+    "sparse_search": ["--passages", "20000", "--grown", "100000", "--queries", "100", "--rounds", "3"],
 }
 PACKAGES = ("hf_distill", "torch", "transformers", "sentence-transformers", "tokenizers", "faiss-cpu", "numpy")
 

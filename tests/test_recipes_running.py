@@ -36,6 +36,7 @@ def start(tmp_path, monkeypatch, micro):
     """Runs the recipe of sums with overrides; returns the run."""
     monkeypatch.setattr(processes, "_start", stand_in)
     monkeypatch.setattr("hf_distill.recipes.runner.in_other_process", lambda *_: None)
+    monkeypatch.setattr("hf_distill.recipes.report.in_other_process", lambda *_: None)
     path = tmp_path / "sums.yaml"
     path.write_text(yaml.safe_dump(RECIPE, sort_keys=False))
 
@@ -196,10 +197,10 @@ def test_killed_at_random_moments_the_result_is_the_same(tmp_path, micro):
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from pathlib import Path
-from hf_distill.recipes import RecipeRun, load_recipe, processes, runner
+from hf_distill.recipes import RecipeRun, load_recipe, processes, report, runner
 from tests.test_recipes_running import stand_in
 processes._start = stand_in
-runner.in_other_process = lambda *_: None
+runner.in_other_process = report.in_other_process = lambda *_: None
 RecipeRun(load_recipe({str(path)!r}, overrides=["data={micro}", "pause=0.03"]), sys.argv[1]).run()
 """
 

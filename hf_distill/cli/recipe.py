@@ -21,8 +21,11 @@ def _words(argv: Sequence[str]) -> list[str]:
         word = argv[position]
         name, equals, value = word.partition("=")
         if name == "--set":
-            overrides += [value] if equals else argv[position + 1 : position + 2]
-            position += 1 if equals else 2
+            overrides += [value] if equals else []
+            position += 1
+            while position < len(argv) and not argv[position].startswith("--"):
+                overrides.append(argv[position])
+                position += 1
             continue
         if position == 0 and not word.startswith("-"):
             words += ["--recipe", word]

@@ -33,8 +33,8 @@ from .kinds import StageKind, kind_of, nearest
 MUST_BE_SET = "???"
 _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 _NAME = re.compile(r"[A-Za-z][\w-]*")
-_SECTIONS = ("name", "summary", "variables", "defaults", "stages", "profiles")
-_OF_A_PROFILE = ("extends", "summary", "variables", "defaults", "stages")
+_SECTIONS = ("name", "summary", "card", "variables", "defaults", "stages", "profiles")
+_OF_A_PROFILE = ("extends", "summary", "card", "variables", "defaults", "stages")
 # Keys of a stage that are the graph's; every other one is a field of the verb.
 _OF_THE_GRAPH = ("verb", "launch", "after")
 
@@ -77,6 +77,7 @@ class Recipe:
         profile: The chosen profile, or None.
         stages: By name, in the order in which they run.
         variables: With their values.
+        card: The stage whose model card tells of all stages; None for none.
         overrides: As they were given.
     """
 
@@ -86,6 +87,7 @@ class Recipe:
     profile: str | None
     stages: dict[str, Stage]
     variables: dict[str, Any]
+    card: str | None = None
     overrides: tuple[str, ...] = field(default=())
 
     def part(self, first: str | None, last: str | None) -> list[str]:
@@ -161,6 +163,7 @@ def load_recipe(origin: str | os.PathLike, profile: str | None = None, overrides
         profile=profile,
         stages=_in_order(stages, where),
         variables=variables,
+        card=_card(content.get("card"), stages, where),
         overrides=tuple(overrides),
     )
 
@@ -365,6 +368,12 @@ def _stage(
             raise InputError(f"there is no stage {other!r}", where=f"{where}, after", cure=nearest(other, stages))
     launch = _fill(section.get("launch"), look_up)
     return Stage(name, kind, settings, tuple(dict.fromkeys([*named, *after])), launch)
+
+
+def _card(name: Any, stages: Mapping[str, Stage], where: str) -> str | None:
+    if name is not None and name not in stages:
+        raise InputError(f"there is no stage {name!r}", where=f"{where}, card", cure=nearest(str(name), stages))
+    return name
 
 
 def _in_order(stages: dict[str, Stage], where: str) -> dict[str, Stage]:

@@ -17,6 +17,8 @@ from .records import Record, Workspace
 from .results import own_figures
 
 
+# Where the part of a model card that a recipe writes begins.
+_TOLD = "<!-- the recipe's stages -->"
 # Raised by hand when the same records would give another report.
 _VERSION = 1
 _STYLE = """
@@ -95,6 +97,8 @@ def _write(recipe: Recipe, folder: Path, records: Mapping[str, Record], metrics:
         f"{len(records)} of {len(recipe.stages)} stages, {duration(seconds)} in all.",
         *([f"Set: {', '.join(recipe.overrides)}"] if recipe.overrides else []),
     ]
+    if recipe.card in records:
+        _tell_in_card(folder / "stages" / recipe.card / "README.md", heading, sections)
     write_text(folder / "report.md", _markdown(heading, recipe.summary, facts, sections, comparisons, plots))
     write_text(folder / "report.html", _page(heading, recipe.summary, facts, sections, comparisons, folder, plots))
 
@@ -119,6 +123,22 @@ def _plots(recipe: Recipe, folder: Path, metrics: Mapping[str, Any]) -> dict[str
     return plots
 
 
+def _tell_in_card(
+    card: Path, heading: str, sections: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]]
+) -> None:
+    """Adds the tables of the whole run to the card of its model, in place of those that were there."""
+    if not card.is_file():
+        return
+    text = card.read_text(encoding="utf-8").partition(_TOLD)[0].rstrip()
+    lines = [_TOLD, "", f"# How it was made: {heading}", "", *(line for part in sections for line in _table(*part))]
+    write_text(card, "\n".join([text, "", *lines]))
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    lines = [f"## {title}", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return [*lines, *(f"| {' | '.join(str(cell) for cell in row)} |" for row in rows), ""]
+
+
 def _markdown(
     heading: str,
     summary: str,
@@ -128,9 +148,8 @@ def _markdown(
     plots: Mapping[str, str],
 ) -> str:
     lines = [f"# {heading}", "", summary, "", *(f"- {fact}" for fact in facts), ""]
-    for title, columns, rows in sections:
-        lines += [f"## {title}", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-        lines += [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows] + [""]
+    for part in sections:
+        lines += _table(*part)
     for name, text in comparisons.items():
         lines += [f"## Stage {name}", "", text.strip(), ""]
     lines += [line for path, caption in plots.items() for line in (f"![{caption}]({path})", "")]

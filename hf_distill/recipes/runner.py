@@ -154,6 +154,7 @@ class RecipeRun:
         if work:
             check_graph(self.recipe, work, self.workspace, _available(decisions))
             in_other_process(check_stages, fields_to_check(self.recipe, work, self.workspace))
+            in_other_process(check_ids, self.recipe, work)
         lock = self._lock()
         try:
             self.contents.save()

@@ -5,8 +5,8 @@ Nothing is computed here: a process that has started threads or a GPU must not b
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import importlib.util
 
 
 # What nearly every verb imports, heaviest first.
@@ -31,5 +31,6 @@ for _name in (
     "hf_distill.trainers.distill",
     "transformers.models.bert.modeling_bert",
 ):
-    if importlib.util.find_spec(_name.partition(".")[0]) is not None:
+    # What cannot be imported fails again in the stage that needs it, which can say so.
+    with contextlib.suppress(Exception):
         importlib.import_module(_name)

@@ -89,6 +89,7 @@ class ProgressiveTrainer(DistillTrainer):
     """
 
     _name = "Progressive distillation"
+    _card = "prod"
     _tags = ("hf_distill", "distillation", "progressive")
     _paper = {
         "title": "PROD: Progressive Distillation for Dense Retrieval",
