@@ -183,22 +183,22 @@ def load_collection(
     queries_config = _config(opened, schema.QUERIES_CONFIGS)
     corpus = _table(Corpus, opened, corpus_config, cache_dir)
     queries = _table(Queries, opened, queries_config, cache_dir)
-    judged, qrels_config = _qrels_config(opened, revision)
+    judged, judged_config = qrels_config(opened)
     qrels = {}
-    if qrels_config is not None:
-        available = judged.splits(qrels_config)
+    if judged_config is not None:
+        available = judged.splits(judged_config)
         for split in available if splits is None else splits:
             if split not in available:
                 raise InputError(
                     f"no split {split!r}",
-                    where=judged.place(qrels_config),
+                    where=judged.place(judged_config),
                     cure=f"Its splits are: {', '.join(available)}",
                 )
-            qrels[split] = _qrels(judged, qrels_config, split, queries, corpus, unknown_ids, cache_dir)
+            qrels[split] = _qrels(judged, judged_config, split, queries, corpus, unknown_ids, cache_dir)
     elif splits:
         raise InputError("no judgements", where=opened.where, cure="Add qrels/<split>.tsv, or leave splits out")
     _check_positives(queries, qrels, all_splits=splits is None, require=require_positives, where=opened.where)
-    used = {corpus_config, queries_config, qrels_config if judged is opened else None, *RESERVED_CONFIGS}
+    used = {corpus_config, queries_config, judged_config if judged is opened else None, *RESERVED_CONFIGS}
     collection = Collection(
         name=name or opened.name,
         queries=queries,
@@ -249,7 +249,8 @@ def _is_row_set(opened: Source, config: str) -> bool:
         return False
 
 
-def _qrels_config(opened, revision: str | None) -> tuple[Source, str | None]:
+def qrels_config(opened: Source) -> tuple[Source, str | None]:
+    """Where the judgements of a collection lie: their source, which may be another repository, and config there."""
     for name in schema.QRELS_CONFIGS:
         if name in opened.configs() and (name == schema.QRELS or judges(opened.columns(name))):
             return opened, name

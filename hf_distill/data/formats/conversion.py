@@ -11,22 +11,19 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from hf_distill.console import get_logger, progress
 from hf_distill.data import schema
 from hf_distill.data.cards import config_entry, join_card
-from hf_distill.data.collection import RESERVED_CONFIGS, judges
+from hf_distill.data.collection import RESERVED_CONFIGS, qrels_config
+from hf_distill.data.formats.cleaning import NOUNS, Cleaner
 from hf_distill.data.formats.opening import Source, TextRows
 from hf_distill.data.formats.seen import Seen, hashes_of
 from hf_distill.data.formats.source import FormatSource
 from hf_distill.data.notes import Notes
 from hf_distill.data.readers import Block
 from hf_distill.data.row_columns import is_row_block, standard_rows
-from hf_distill.data.rows_io import clean_rows, id_rows
-from hf_distill.data.tables import Corpus, Queries
-from hf_distill.data.values import find_column, id_array, integer_array
 from hf_distill.errors import InputError
 from hf_distill.files import atomic_path, fingerprint, read_json, saying_full_disk, write_json
 from hf_distill.locking import lock_folder, unlock_folder
@@ -42,8 +39,6 @@ _FILE_ROWS = 500_000
 _FILE_BYTES = 256 * 2**20
 
 MANIFEST = "conversion.json"
-
-_NOUNS = {schema.QUERIES: "queries", schema.CORPUS: "documents"}
 
 
 @dataclass
@@ -217,18 +212,11 @@ def _parts(source: Source) -> list[Part]:
         config = next((name for name in names if name in configs), None)
         if config is not None:
             parts.append(_part(source, config, source.splits(config), role, role, role))
-    qrels = next(
-        (
-            name
-            for name in schema.QRELS_CONFIGS
-            if name in configs and (name == schema.QRELS or judges(source.columns(name)))
-        ),
-        None,
-    )
+    judged, qrels = qrels_config(source)
     if qrels is not None:
-        parts += [_part(source, qrels, [split], schema.QRELS, split, schema.QRELS) for split in source.splits(qrels)]
+        parts += [_part(judged, qrels, [split], schema.QRELS, split, schema.QRELS) for split in judged.splits(qrels)]
     for config in configs:
-        if config in RESERVED_CONFIGS or config == qrels:
+        if config in RESERVED_CONFIGS or (config == qrels and judged is source):
             continue
         if isinstance(source, FormatSource) or is_row_block(source.columns(config)):
             parts.append(_part(source, config, source.splits(config), config, "train", "rows"))
@@ -275,14 +263,14 @@ def _write_part(part: Part, work: Path, known: dict[str, Seen], drop: bool) -> N
         _remember(part, folder, known)
         return
     bar = progress(label=part.label, unit="row")
-    cleaner = _Cleaner(part, known, drop)
+    cleaner = Cleaner(part.role, part.blocks, part.notes, known, drop=drop)
     try:
         part.rows = _write_files(cleaner.tables(), folder, part.stem, bar.update)
     finally:
         bar.close()
     part.columns = cleaner.columns
-    if part.role in _NOUNS and not part.rows:
-        raise InputError(f"no {_NOUNS[part.role]} in it", where=cleaner.where, cure="Check the file")
+    if part.role in NOUNS and not part.rows:
+        raise InputError(f"no {NOUNS[part.role]} in it", where=cleaner.where, cure="Check the file")
     if part.role == "rows" and part.rows:
         write_json(
             folder / "metadata.json",
@@ -351,7 +339,7 @@ def _write_file(path: Path, tables: _Limited, advance: Callable[[int], Any]) -> 
 
 def _remember(part: Part, folder: Path, known: dict[str, Seen]) -> None:
     """Collects the identifiers of a part that was written before."""
-    if part.role not in _NOUNS:
+    if part.role not in NOUNS:
         return
     import pyarrow.parquet as pq
 
@@ -361,139 +349,6 @@ def _remember(part: Part, folder: Path, known: dict[str, Seen]) -> None:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(columns=[column]):
                 seen.add(hashes_of(batch.column(0)))
-
-
-class _Cleaner:
-    """Blocks of a part as checked tables of its schema."""
-
-    def __init__(self, part: Part, known: dict[str, Seen], drop: bool):
-        self.part, self.known, self.drop = part, known, drop
-        self.where = ""
-        self.columns: list[str] = []
-
-    def tables(self) -> Iterator[pa.Table]:
-        """The tables; none is empty."""
-        make = {
-            schema.CORPUS: self._texts,
-            schema.QUERIES: self._texts,
-            schema.QRELS: self._judgements,
-            "rows": self._rows,
-        }[self.part.role]
-        for block in self.part.blocks(self.part.notes):
-            self.where = self.where or block.where
-            if len(block):
-                table = make(block)
-                if self.columns and table.column_names != self.columns:
-                    raise InputError(
-                        f"the columns {', '.join(table.column_names)} where the first rows have "
-                        f"{', '.join(self.columns)}",
-                        where=block.place(0),
-                        cure="All rows of a set need the same columns",
-                    )
-                self.columns = table.column_names
-                if table.num_rows:
-                    yield table
-
-    def _texts(self, block: Block) -> pa.Table:
-        kind = Corpus if self.part.role == schema.CORPUS else Queries
-        table = kind.clean(block)
-        fresh, _ = self.known.setdefault(self.part.role, Seen()).add(hashes_of(table.column(0)))
-        if not fresh.all():
-            row = int(np.argmin(fresh))
-            identifier = table.column(0)[row].as_py()
-            raise InputError(
-                f"the identifier {identifier!r} is used twice, also in {self._first_place(identifier, kind)}",
-                where=f"{block.place(row)}, field {kind.id_column!r}",
-                cure="Identifiers must be unique; rename or remove one of the two rows",
-            )
-        return table
-
-    def _first_place(self, identifier: str, kind: type[Corpus] | type[Queries]) -> str:
-        for block in self.part.blocks(Notes()):
-            if len(block):
-                ids = id_array(block, find_column(block, kind.id_names)).to_pylist()
-                if identifier in ids:
-                    return block.place(ids.index(identifier))
-        raise AssertionError("unreachable: the identifier was read before")
-
-    def _judgements(self, block: Block) -> pa.Table:
-        sides = [
-            (schema.QUERIES, id_array(block, find_column(block, schema.QRELS_QUERY_NAMES)), schema.QUERY_ID),
-            (schema.CORPUS, id_array(block, find_column(block, schema.QRELS_DOCUMENT_NAMES)), schema.DOCUMENT_ID),
-        ]
-        grades = pa.array(integer_array(block, find_column(block, schema.RELEVANCE_NAMES)))
-        keep = np.ones(len(block), dtype=bool)
-        for role, ids, column in sides:
-            found = self._known(role, ids)
-            self._unknown(role, ~found & keep, ids, block, column, block.place)
-            keep &= found
-        table = pa.Table.from_arrays([sides[0][1], sides[1][1], grades], schema=schema.QRELS_SCHEMA)
-        return table if keep.all() else table.filter(pa.array(keep))
-
-    def _rows(self, block: Block) -> pa.Table:
-        table = id_rows(block)
-        queries, documents = table.column(0).combine_chunks(), table.column(1).combine_chunks()
-        flat = documents.flatten()
-        owner = np.repeat(np.arange(len(documents)), np.asarray(documents.value_lengths()))
-        good = self._known(schema.QUERIES, queries)
-        self._unknown(schema.QUERIES, ~good, queries, block, schema.QUERY_ID, block.place)
-        found = self._known(schema.CORPUS, flat)
-        if not found.all():
-            place = lambda index: block.place(int(owner[index]))  # noqa: E731
-            self._unknown(schema.CORPUS, ~found & good[owner], flat, block, schema.DOCUMENT_IDS, place)
-            table = _without(table, found, owner)
-            good &= np.asarray(table.column(1).combine_chunks().value_lengths()) > 0
-        table = table if good.all() else table.filter(pa.array(good))
-        numbers = np.flatnonzero(good).tolist()
-        clean_rows(_coded(table), lambda row: block.place(numbers[row]))
-        return table
-
-    def _known(self, role: str, ids: pa.Array) -> np.ndarray:
-        if role not in self.known:
-            return np.ones(len(ids), dtype=bool)
-        # Candidates repeat within a block: each distinct one is looked up once.
-        encoded = ids.dictionary_encode()
-        return self.known[role].holds(hashes_of(encoded.dictionary))[encoded.indices.to_numpy()]
-
-    def _unknown(self, role: str, missing: np.ndarray, ids: pa.Array, block: Block, column: str, place) -> None:
-        if not missing.any():
-            return
-        index, noun = int(np.argmax(missing)), _NOUNS[role]
-        if not self.drop:
-            raise InputError(
-                f"{ids[index].as_py()!r} is not among the {len(self.known[role])} {noun}",
-                where=f"{place(index)}, field {column!r}",
-                cure="Add it there or remove the line; --unknown_ids drop passes over such identifiers",
-            )
-        what = "entries" if column == schema.DOCUMENT_IDS else "rows"
-        self.part.notes.add(f"{what} name unknown {noun} and were left out", int(missing.sum()), place(index))
-
-
-def _without(table: pa.Table, keep: np.ndarray, owner: np.ndarray) -> pa.Table:
-    """Rows with only the documents that are kept, and the number of positives among them."""
-    rows = table.num_rows
-    lengths = np.bincount(owner[keep], minlength=rows)
-    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-    starts = np.searchsorted(owner, np.arange(rows))
-    is_positive = np.arange(len(owner)) - starts[owner] < table.column(schema.NUM_POSITIVES).to_numpy()[owner]
-    columns = []
-    for name in table.column_names:
-        column = table.column(name).combine_chunks()
-        if name == schema.NUM_POSITIVES:
-            column = pa.array(np.bincount(owner[keep & is_positive], minlength=rows).astype(np.int64))
-        elif pa.types.is_list(column.type):
-            column = pa.ListArray.from_arrays(offsets, column.flatten().filter(pa.array(keep)))
-        columns.append(column)
-    return pa.Table.from_arrays(columns, schema=table.schema)
-
-
-def _coded(table: pa.Table) -> pa.Table:
-    """The rows with numbers for documents, which is what `clean_rows` compares."""
-    documents = table.column(schema.DOCUMENT_IDS).combine_chunks()
-    codes = documents.flatten().dictionary_encode().indices.cast(pa.int64())
-    offsets = np.concatenate([[0], np.cumsum(np.asarray(documents.value_lengths()))]).astype(np.int32)
-    coded = pa.ListArray.from_arrays(pa.array(offsets), codes)
-    return table.append_column(schema.DOCUMENTS, coded)
 
 
 def _readme(parts: Sequence[Part], collection: str, source: Source) -> str:
