@@ -20,6 +20,8 @@ logger = get_logger(__name__)
 
 # Where GELU is nearly linear: what a new masked-LM head adds to hidden states before it.
 _SHIFT = 4.0
+# Share of terms that a new lexical head leaves at 0.
+_INACTIVE = 0.99
 # Encoder-decoder families whose encoder is a model of its own.
 _ENCODER_CLASSES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 
@@ -193,7 +195,8 @@ def start_masked_lm_head(model: PreTrainedModel, how: str) -> None:
         model: The model.
         how: `"random"` as transformers does it, or `"identity"`: the linear layer before the vocabulary matrix passes
             hidden states on. A shift carries them over the bend of the activation, and the layer norm behind it takes
-            the shift away.
+            the shift away. All terms get one bias, low enough that a text has about a hundredth of them above 0: the
+            softmax of masked language modelling does not see it, and a lexical model begins sparse.
     """
     if how == "random":
         return
@@ -218,6 +221,9 @@ def start_masked_lm_head(model: PreTrainedModel, how: str) -> None:
             square[0].bias.fill_(_SHIFT)
         if output.bias is not None:
             output.bias.zero_()
+            ids = torch.randint(output.out_features, (8, 32), generator=torch.Generator().manual_seed(0))
+            largest = model.eval()(input_ids=ids.to(output.weight.device)).logits.float().amax(1)
+            output.bias.fill_(-largest.quantile(_INACTIVE))
 
 
 def _check_labels(config: PretrainedConfig, name: str) -> None:
