@@ -90,7 +90,6 @@ class Distillation:
         encode_options: IndexOptions,
         args: Any,
     ):
-        from ..distributed import engine_of
         from . import steps
         from .reporting import Report
 
@@ -118,8 +117,6 @@ class Distillation:
             model_options,
             encode_options,
             args,
-            processes=args.world_size,
-            engine=engine_of(args),
             data_fingerprint=self.data.collection.fingerprints,
             rows_fingerprint=steps.rows_fingerprint(self.data, row_options),
             student_weights=self.student.weights_fingerprint(),
@@ -128,14 +125,7 @@ class Distillation:
         self.settings = settings
         self.row_source = self._row_source()
         self.folder = Path(args.output_dir)
-        self.report = Report(
-            self.folder,
-            self.data,
-            self.encode,
-            measures=args.eval_measures,
-            depth=args.eval_depth,
-            index=encode_options.index,
-        )
+        self.report = Report.of_training(self.data, self.encode, args, encode_options.index)
 
     # ---- Opening ----
     def _open_teacher(self, number: int, origin: str) -> TeacherSpec:

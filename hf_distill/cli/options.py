@@ -168,8 +168,8 @@ class ProgressiveOptions:
     student_revision: str | None = _option(None, "Its branch, tag or commit.")
     phases: str | None = _option(
         None,
-        "The phases in their order, a list in YAML or JSON: each has a name, a teacher, and whatever it sets otherwise "
-        "than the run, any field of distill: rows, mine_with, losses, max_steps, learning_rate, num_negatives ...",
+        "The phases in their order, a list in YAML or JSON: each has a name, a teacher, and whatever it sets "
+        "otherwise than the run, any field of distill: rows, mine_with, losses, max_steps, learning_rate, num_negatives ...",
     )
 
 

@@ -31,7 +31,6 @@ def run(data_options: CollectionOptions, options: PretrainOptions, args: Any) ->
         )
     from transformers import set_seed
 
-    from ..distributed import engine_of
     from ..models import LexMAEForPreTraining
     from ..trainers import LexMAEPretrainer
     from . import publishing, steps
@@ -59,8 +58,6 @@ def run(data_options: CollectionOptions, options: PretrainOptions, args: Any) ->
         data_options,
         options,
         args,
-        processes=args.world_size,
-        engine=engine_of(args),
         data_fingerprint=facts,
         start_weights=model.weights_fingerprint(),
     )

@@ -118,20 +118,13 @@ def run(
         row_options,
         encode_options,
         args,
-        processes=args.world_size,
         data_fingerprint=data.collection.fingerprints,
         student_weights=student.weights_fingerprint(),
     )
-    folder = steps.claim_output(args.output_dir, settings)
+    steps.claim_output(args.output_dir, settings)
     publishing.check_push(args)
-    report = Report(
-        folder,
-        data,
-        steps.encode_settings(encode_options, data_options),
-        measures=args.eval_measures,
-        depth=args.eval_depth,
-        index=encode_options.index,
-    )
+    encode = steps.encode_settings(encode_options, data_options)
+    report = Report.of_training(data, encode, args, encode_options.index)
     report.bm25()
     report.model("student_before", student)
     evaluation = steps.evaluation_for(data, args, student)

@@ -54,6 +54,11 @@ class Report:
         self.results: dict[str, dict[str, Any]] = {}
         self._bm25: Run | None = None
 
+    @classmethod
+    def of_training(cls, data: Data, encode: Mapping[str, Any], args: Any, index: str) -> Report:
+        """As a trainer's arguments say."""
+        return cls(args.output_dir, data, encode, measures=args.eval_measures, depth=args.eval_depth, index=index)
+
     @property
     def dataset(self) -> str:
         """The key of the results in `metrics.json`."""

@@ -15,7 +15,7 @@ from ..console import get_logger, is_main_process
 from ..data import Collection, RowSet, Run, StreamedRows, load_collection, open_row_set
 from ..distributed import wait_for_everyone
 from ..errors import InputError
-from ..files import read_json, write_json
+from ..files import read_json, remove_leftovers, write_json
 from ..hub.manifest import without_secrets
 from ..locking import lock_folder, unlock_folder
 from ..provenance import note_source
@@ -91,9 +91,16 @@ def check_split(collection: Collection, split: str | None, flag: str) -> None:
 
 
 def settings_of(*options: Any, **facts: Any) -> dict[str, Any]:
-    """The settings that make a run what it is, as JSON: option objects without what has no effect on the result."""
+    """The settings that make a run what it is, as JSON: option objects without what has no effect on the result.
+
+    A trainer's arguments bring the number of processes and their engine along.
+    """
+    from ..distributed import engine_of
+
     settings: dict[str, Any] = {}
     for option in options:
+        if hasattr(option, "world_size"):
+            settings |= {"processes": option.world_size, "engine": engine_of(option)}
         fields = option.to_dict() if hasattr(option, "to_dict") else asdict(option) if is_dataclass(option) else option
         settings.update({name: value for name, value in fields.items() if name not in NOT_OF_THE_RUN})
     return json.loads(json.dumps(without_secrets({**settings, **facts}), default=str, sort_keys=True))
@@ -505,6 +512,7 @@ def claim_rows(folder: Path) -> Path:
     """Makes this run the only one that writes the row set `folder`; all processes must call it."""
     if is_main_process():
         lock_folder(folder, beside=True)
+        remove_leftovers(folder)
     wait_for_everyone()
     return folder
 

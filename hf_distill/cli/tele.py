@@ -30,7 +30,6 @@ def run(
         model=(options.model, "the pretrained model that every episode starts from, a Hub id or folder"),
         output_dir=(args.output_dir, "where the episodes and the model go"),
     )
-    from ..distributed import engine_of
     from ..trainers import About, TeleTrainer
     from . import publishing, steps
     from .reporting import Report
@@ -47,17 +46,13 @@ def run(
         model_options,
         encode_options,
         args,
-        processes=args.world_size,
-        engine=engine_of(args),
         data_fingerprint=collection.fingerprints,
         start_weights=model.weights_fingerprint(),
     )
-    folder = steps.claim_output(args.output_dir, settings)
+    steps.claim_output(args.output_dir, settings)
     publishing.check_push(args)
     encode = steps.encode_settings(encode_options, data_options)
-    report = Report(
-        folder, data, encode, measures=args.eval_measures, depth=args.eval_depth, index=encode_options.index
-    )
+    report = Report.of_training(data, encode, args, encode_options.index)
     report.bm25()
     report.model("before", model)
     trainer = TeleTrainer(

@@ -37,7 +37,6 @@ def run(
         model=(options.model, "what to start from, a Hub id or folder"),
         output_dir=(args.output_dir, "where the model goes"),
     )
-    from ..distributed import engine_of
     from ..trainers import About, RetrievalTrainer
     from . import publishing, steps
     from .reporting import Report
@@ -54,18 +53,14 @@ def run(
         model_options,
         encode_options,
         args,
-        processes=args.world_size,
-        engine=engine_of(args),
         data_fingerprint=data.collection.fingerprints,
         rows_fingerprint=steps.rows_fingerprint(data, row_options),
         start_weights=model.weights_fingerprint(),
     )
-    folder = steps.claim_output(args.output_dir, settings)
+    steps.claim_output(args.output_dir, settings)
     publishing.check_push(args)
     encode = steps.encode_settings(encode_options, data_options)
-    report = Report(
-        folder, data, encode, measures=args.eval_measures, depth=args.eval_depth, index=encode_options.index
-    )
+    report = Report.of_training(data, encode, args, encode_options.index)
     rows = _rows(data, row_options, model, encode, encode_options.index, args.seed)
     report.bm25()
     report.model("before", model)
