@@ -1,7 +1,8 @@
 """The only place that knows how many processes train together.
 
-Processes, launching and gradient averaging are accelerate's. What is left to us is one gather: every process sees all
-rows, and the gradient of a row flows back in the process that computed it.
+Processes, launching and gradient averaging are accelerate's. What is left to us is one gather (every process sees all
+rows, and the gradient of a row flows back in the process that computed it), weights that an engine has divided put
+together again, and a look at whether the processes that were launched are what was asked for.
 """
 
 from __future__ import annotations
@@ -198,7 +199,8 @@ def check_engine(folder: str | os.PathLike, args: Any) -> None:
     elif any(folder.glob("pytorch_model_fsdp*")):
         wrote = "fsdp"
     now = engine_of(args)
-    if wrote != now and folder.is_dir():
+    alike = wrote == now or {wrote, now} <= {"zero0", "zero1", "zero2"}
+    if not alike and folder.is_dir():
         raise InputError(
             f"the checkpoint was written under {wrote or 'DDP or one process'}, this training runs under "
             f"{now or 'DDP or in one process'}, which cannot read the optimizer's state",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +44,26 @@ def use_gloo_alone() -> None:
     __compatible_ops__[ShareMemCommBuilder.NAME] = False
 
 
+# What jobs have in common is opened once.
+open_collection = cache(load_collection)
+open_teacher = cache(partial(DenseRetriever.from_pretrained, normalize=True))
+open_ranker = cache(CrossEncoderRanker.from_pretrained)
+
+
+@cache
+def open_rows(folder: str, collection: str) -> RowSet:
+    data = open_collection(collection)
+    return RowSet.load(folder, data.queries, data.corpus)
+
+
 def train(settings: dict[str, Any]) -> None:
     args = DistillTrainingArguments(**settings["arguments"])
-    collection = load_collection(settings["collection"])
-    rows = RowSet.load(settings["rows"], collection.queries, collection.corpus)
+    collection = open_collection(settings["collection"])
+    rows = open_rows(settings["rows"], settings["collection"])
+    teacher, ranker = open_teacher(settings["teacher"]), open_ranker(settings["ranker"])
     torch.manual_seed(0)
-    teacher = DenseRetriever.from_pretrained(settings["teacher"], normalize=True)
     student = student_from("layers:2", teacher)
-    teachers = [
-        CachedScores("file"),
-        LiveTeacher("dense", teacher),
-        LiveTeacher("ranker", CrossEncoderRanker.from_pretrained(settings["ranker"])),
-    ]
+    teachers = [CachedScores("file"), LiveTeacher("dense", teacher), LiveTeacher("ranker", ranker)]
     if settings.get("projection"):
         student.add_projection("dense", 32)
     evaluation = None

@@ -7,11 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from hf_distill.data import RowSet, load_collection
 
@@ -20,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-STEPS = 3
+STEPS = 2
 # Losses by name. The first four are means over a query's own candidates, so that accumulation changes nothing.
 OWN = {
     "contrastive": [{"name": "contrastive", "candidates": "own"}],
@@ -131,26 +133,45 @@ def life(models: dict[str, str], folder: Path, processes: int) -> list[dict]:
     return [begun, {**resumed, "resume": str(folder / "life" / "checkpoint-2")}]
 
 
+def common_folder(tmp_path_factory, name: str) -> Path:
+    """A folder that all workers of pytest-xdist have in common."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"distributed-{name}"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def once(folder: Path, work: Callable[[], Any]) -> None:
+    """Does work in one worker of pytest-xdist; the others wait for it and read what it left in the folder."""
+    with FileLock(folder / ".lock"):
+        if not (folder / ".done").exists():
+            work()
+            (folder / ".done").touch()
+
+
 def run_jobs(jobs: list[dict], folder: Path, config: str | None) -> dict[str, dict]:
     """All jobs in one launch, since starting costs more than training; what each saw, by its name."""
-    path = folder / "settings.json"
-    path.write_text(json.dumps(jobs))
-    script = Path(__file__).with_name("distributed_run.py")
-    start(script, path) if config is None else accelerate(config, script, path)
+    path, script = folder / "settings.json", Path(__file__).with_name("distributed_run.py")
+
+    def work() -> None:
+        path.write_text(json.dumps(jobs))
+        start(script, path) if config is None else accelerate(config, script, path)
+
+    once(folder, work)
     results = [Path(one["result"]) for one in jobs if "result" in one]
     return {path.stem: json.loads(path.read_text()) for path in results}
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory, models):
-    folder = tmp_path_factory.mktemp("one")
+    folder = common_folder(tmp_path_factory, "one")
     jobs = [job(models, folder, 1, loss, way) for loss, way in MATRIX]
     return run_jobs([*jobs, *life(models, folder, 1)], folder, None)
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory, models):
-    folder = tmp_path_factory.mktemp("two")
+    folder = common_folder(tmp_path_factory, "two")
     jobs = [job(models, folder, 2, loss, way) for loss, way in MATRIX]
     for name, way in (("divided", "plain"), ("divided_cached", "cached")):
         jobs.append(job(models, folder, 2, "kl_global", way, name=name, fully_shard=True, export=True))
@@ -161,7 +182,7 @@ def two_processes(tmp_path_factory, models):
 @pytest.fixture(scope="module", params=["zero2", "zero3"])
 def deepspeed(request, tmp_path_factory, models, command):
     """What two processes under DeepSpeed saw; the last job is the whole command of the fixture `command`."""
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = common_folder(tmp_path_factory, request.param)
     jobs = [*(job(models, folder, 2, loss, way) for loss, way in SHARDED), *life(models, folder, 2)]
     if request.param == "zero3":
         jobs.append({"command": command["words"](folder / "command", 2)})
@@ -266,9 +287,9 @@ def command(tmp_path_factory, micro, tiny_bert_source):
         }
         return ["distill", *(f"--{name}={value}" for name, value in flags.items())]
 
-    folder = tmp_path_factory.mktemp("command") / "one"
-    start(ROOT / "run_scripts" / "run_distill.py", *words(folder, 1)[1:])
-    return {"words": words, "folder": folder}
+    folder = common_folder(tmp_path_factory, "command")
+    once(folder, lambda: start(ROOT / "run_scripts" / "run_distill.py", *words(folder / "one", 1)[1:]))
+    return {"words": words, "folder": folder / "one"}
 
 
 def assert_same_command(one: Path, other: Path) -> None:
@@ -286,10 +307,13 @@ def test_the_whole_command_on_two_processes(command, tmp_path):
 
 
 @needs_deepspeed
+@pytest.mark.parametrize("deepspeed", ["zero3"], indirect=True)
 def test_the_whole_command_under_zero3(command, deepspeed):
-    if deepspeed["stage"] == "zero3":
-        assert_same_command(command["folder"], deepspeed["folder"] / "command")
-        assert exported(deepspeed["folder"] / "command").keys() == exported(command["folder"]).keys()
+    folder = deepspeed["folder"] / "command"
+    assert_same_command(command["folder"], folder)
+    assert exported(folder).keys() == exported(command["folder"]).keys()
+    student = json.loads((folder / "run_manifest.json").read_text())["models"]["student"]
+    assert student["parameters"] == sum(tensor.numel() for tensor in exported(folder).values())
 
 
 def test_processes_that_would_train_alone_are_refused(tmp_path, micro, tiny_bert):

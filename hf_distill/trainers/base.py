@@ -303,7 +303,8 @@ class BaseTrainer(PublishingTrainer):
         return whole.to(self.args.device).eval()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        # Not the Trainer's own: that pickles the arguments, a token among them.
+        # Not the Trainer's own: that pickles the arguments, a token among them. Its `state_dict` is whole in the main
+        # process alone, and only where the engine is told so.
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         self.whole_model().save_pretrained(folder, is_main_process=self.args.should_save)
         if self.args.should_save:
