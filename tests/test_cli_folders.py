@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from hf_distill.cli.main import main
 from hf_distill.cli.steps import KEY_FILE, claim_output
 from hf_distill.data import load_collection
+from hf_distill.evaluation import update_metrics
 from hf_distill.files import full_disk, readable_size, staged_files
 from hf_distill.locking import lock_folder, unlock_folder
 
@@ -86,6 +88,18 @@ def test_a_lock_beside_a_folder_that_is_replaced(tmp_path):
     unlock_folder(tmp_path / "rows", beside=True)
     assert not list(tmp_path.iterdir())
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_evaluations_that_share_a_folder_lose_no_figures(tmp_path):
+    path = tmp_path / "metrics.json"
+
+    def add(number: int) -> None:
+        for system in range(5):
+            update_metrics(path, "toy/test", f"{number}.{system}", {"nDCG@10": 0.5})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(8)))
+    assert len(json.loads(path.read_text())["toy/test"]) == 40
 
 
 def test_a_run_whose_data_changed_is_not_resumed(micro, tiny_bert, tmp_path, capsys):
