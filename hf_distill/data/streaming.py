@@ -222,8 +222,8 @@ class CodedRows(RowSet):
 
     def joined(self, example: Example) -> Example:
         """An example of these rows with positions in place of the codes, which must have been looked up."""
-        documents, positives = self._positions[example.documents], self._positions[example.positives]
-        return example._replace(documents=documents, positives=positives)
+        row, query, documents, target, positives, scores = example
+        return Example(row, query, self._positions[documents], target, self._positions[positives], scores)
 
 
 class StreamedTrainingRows(torch.utils.data.Dataset):
