@@ -33,6 +33,7 @@ QUICK = {
     "neighbours": ["--vectors", "20000,100000", "--queries", "200", "--rounds", "1"],
     "distillation": ["--batch", "8", "--steps", "1", "--rounds", "3"],
     "scoring": ["--queries", "4", "--candidates", "24", "--rounds", "3"],
+    "layers": ["--batch", "4", "--negatives", "1", "--steps", "1", "--rounds", "1", "--queries", "10"],
     "conversion": ["--passages", "100000", "--rounds", "3"],
     "streaming": ["--rows", "50000", "--passages", "50000", "--timed", "20000", "--tokenised", "1024"]
     + ["--rounds", "3"],

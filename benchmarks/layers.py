@@ -1,0 +1,227 @@
+"""Distillation of layers: cached against live, the joint step against its plain passes, what is held, and MaxSim."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .common import (
+    MODEL,
+    alternate,
+    arguments,
+    check,
+    claim,
+    data_name,
+    dense_model,
+    finish,
+    mebibytes,
+    open_collection,
+    ratios,
+    say,
+    scratch_folder,
+    spread,
+)
+from .steps import common_arguments, largest_difference, run_trainer, training_rows
+
+
+CACHED, LIVE = "cached layer scores", "live teacher"
+JOINT, PLAIN = "joint step", "its plain passes"
+OURS, PEER = "hf_distill", "sentence-transformers"
+
+
+def multi_vector() -> Any:
+    """A multi-vector model of the dense one's encoder, with a new projection: speed is all."""
+    import torch
+
+    from hf_distill.models import MultiVectorRetriever
+
+    torch.manual_seed(0)
+    return MultiVectorRetriever.from_pretrained(MODEL, query_length=32, passage_length=128)
+
+
+def distil(teachers: list, student: Any, rows: Any, folder: Any, args: Any, steps: int, **more: Any) -> Any:
+    """A trainer of LEAD on the rows."""
+    from hf_distill.trainers import DistillTrainer, DistillTrainingArguments
+
+    settings = DistillTrainingArguments(
+        **common_arguments(folder, steps, args.dtype, args.batch),
+        num_negatives=args.negatives,
+        dropout=0.0,
+        num_layer_pairs=2,
+        **more,
+    )
+    return DistillTrainer(copy.deepcopy(student), settings, teachers, rows=rows)
+
+
+def plain_passes(student: Any, teacher: Any, trainer: Any, args: Any) -> Callable[[], float]:
+    """Forward, backward and optimiser steps of both models on a batch, without anything between them."""
+    import torch
+
+    models = [copy.deepcopy(one).train().requires_grad_(True) for one in (student, teacher)]
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    trained = [[one for one in model.parameters() if one.requires_grad] for model in models]
+    optimisers = [torch.optim.AdamW(one, lr=2e-5) for one in trained]
+    batch = next(iter(trainer.get_train_dataloader()))
+
+    def run() -> float:
+        start = time.perf_counter()
+        for _ in range(args.steps):
+            for model, name, optimiser in zip(models, ("student", "teacher"), optimisers):
+                with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                    output = model(**batch["tokens"][name])
+                scores = model.batch_scores(output, batch, "global")
+                torch.nn.functional.cross_entropy(scores, torch.arange(len(scores)) * (1 + args.negatives)).backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimiser.step()
+                optimiser.zero_grad()
+        return time.perf_counter() - start
+
+    return run
+
+
+def what_is_held(teacher: Any, batch: dict) -> tuple[int, int]:
+    """Bytes of the chosen two layers that the loss is given, and of the whole stack of all tokens and layers."""
+    import torch
+
+    dense = dense_model()
+    with torch.no_grad():
+        held = sum(one.numel() * 4 for one in dense(**batch["tokens"]["student"], layers=(2, 6)).layers)
+        held += sum(one.numel() * 4 for one in teacher(**batch["tokens"]["teacher"], layers=(2, 6)).layers)
+    whole = 0
+    for name, model in (("student", dense), ("teacher", teacher)):
+        for kind in ("query", "passage"):
+            chunks = batch["tokens"][name][kind]["chunks"]
+            longest = max(chunk["input_ids"].shape[1] for chunk in chunks)
+            texts = sum(len(chunk["input_ids"]) for chunk in chunks)
+            whole += texts * longest * model.num_layers * model.config.hidden_size * 4
+    return held, whole
+
+
+def main() -> None:
+    args = arguments(
+        __doc__,
+        steps=(2, "steps of a round"),
+        rounds=(5, "rounds of the sides in turn"),
+        dtype=("float32", "precision of student and teacher"),
+        batch=(16, "queries of a batch"),
+        negatives=(3, "negatives of a query"),
+        queries=(50, "queries whose candidates are re-ranked"),
+        candidates=(100, "candidates of each"),
+    )
+    import torch
+
+    from hf_distill.models import student_from
+    from hf_distill.retrieval import encode_texts, score_layers, score_rows
+    from hf_distill.retrieval.multi_vector import pair_scores
+    from hf_distill.teachers import CachedScores, JointTeacher, LiveTeacher
+
+    collection = open_collection("medquad", args.data)
+    rows = training_rows(collection, max(args.steps, 2) * args.batch, args.negatives)
+    teacher, student = multi_vector(), student_from("layers:3:even", dense_model())
+    table, claims, checks = [], [], []
+    with scratch_folder("layers") as folder:
+        say("layers: cached and live")
+        scored = score_rows(teacher, rows, dtype=args.dtype, cache_dir=folder)
+        scored = score_layers(teacher, scored, dtype=args.dtype, cache_dir=folder)
+        losses: dict[str, list[float]] = {}
+        terms = '[contrastive, {"name": "layer_alignment", "calibration": "z_norm", "calibrate_student": true}]'
+        terms = terms.replace("contrastive", '{"name": "contrastive", "candidates": "own"}', 1)
+
+        def frozen(name: str, steps: int) -> float:
+            voice = LiveTeacher("teacher", copy.deepcopy(teacher))
+            if name == CACHED:
+                voice = CachedScores.from_rows("teacher", scored, "scores", "layer_scores_teacher")
+            seconds, losses[name] = run_trainer(distil([voice], student, scored, folder, args, steps, losses=terms))
+            return seconds
+
+        for name in (CACHED, LIVE):
+            frozen(name, 1)
+        seconds = alternate({name: lambda name=name: frozen(name, args.steps) for name in (CACHED, LIVE)}, args.rounds)
+        for name in (CACHED, LIVE):
+            table.append(["LEAD, teacher frozen", name, spread([args.steps / one for one in seconds[name]], "{:.2f}")])
+        claims.append(claim("LEAD with cached against live layers", ratios(seconds[CACHED], seconds[LIVE]), None))
+        most = 1e-3 if args.dtype == "float32" else 0.1
+        same = largest_difference(losses[CACHED], losses[LIVE]) <= most
+        checks.append(check(same, "losses of the steps are the same, cached and live"))
+
+        say("layers: joint step")
+
+        def joint(steps: int) -> Any:
+            voice = JointTeacher("teacher", copy.deepcopy(teacher))
+            return distil([voice], student, rows, folder, args, steps, method="lead")
+
+        trainer = joint(1)
+        batch = next(iter(trainer.get_train_dataloader()))
+        sides = {
+            JOINT: lambda: run_trainer(joint(args.steps))[0],
+            PLAIN: plain_passes(student, teacher, trainer, args),
+        }
+        for run in sides.values():
+            run()
+        seconds = alternate(sides, args.rounds)
+        for name in (JOINT, PLAIN):
+            table.append(["joint training", name, spread([args.steps / one for one in seconds[name]], "{:.2f}")])
+        claims.append(claim("joint step against its plain passes", ratios(seconds[JOINT], seconds[PLAIN]), 1 / 1.1))
+        held, whole = what_is_held(teacher, batch)
+        checks.append(
+            f"held and gathered for two pairs of layers: {mebibytes(held)}; the whole stacks: {mebibytes(whole)}"
+        )
+
+    say("layers: MaxSim")
+    corpus, generator = collection.corpus, np.random.default_rng(0)
+    documents = generator.permutation(len(corpus))[: 10 * args.candidates]
+    passages = encode_texts(teacher, corpus.texts(documents, teacher.config.template), dtype=args.dtype)
+    queries = encode_texts(teacher, collection.queries.texts(np.arange(args.queries)), "query", dtype=args.dtype)
+    lists = [generator.permutation(len(documents))[: args.candidates] for _ in range(args.queries)]
+    cut = [torch.from_numpy(passages.rows(i, i + 1).vectors) for i in range(len(passages))]
+    asked = [torch.from_numpy(queries.rows(i, i + 1).vectors) for i in range(len(queries))]
+    found: dict[str, list[np.ndarray]] = {}
+
+    def ours() -> float:
+        start = time.perf_counter()
+        cpu = torch.device("cpu")
+        found[OURS] = [pair_scores(queries.rows(i, i + 1), passages, one, cpu) for i, one in enumerate(lists)]
+        return time.perf_counter() - start
+
+    def peer() -> float:
+        from sentence_transformers.util.similarity import maxsim
+
+        start = time.perf_counter()
+        found[PEER] = [maxsim([asked[i]], [cut[j] for j in one])[0].numpy() for i, one in enumerate(lists)]
+        return time.perf_counter() - start
+
+    ours(), peer()
+    seconds = alternate({OURS: ours, PEER: peer}, args.rounds)
+    for name in (OURS, PEER):
+        rate = [args.queries / one for one in seconds[name]]
+        table.append([f"exact MaxSim of {args.candidates} candidates", name, spread(rate, "{:.0f}") + " queries/s"])
+    claims.append(claim("exact MaxSim against sentence-transformers", ratios(seconds[OURS], seconds[PEER]), 1.0))
+    off = max(float(np.abs(a - b).max()) for a, b in zip(found[OURS], found[PEER]))
+    checks.append(check(off < 1e-4, f"scores of both differ by at most {off:.1e}"))
+    finish(
+        args,
+        {
+            "title": "Distillation of layers and multi-vector search",
+            "intro": f"Batches of {args.batch} × (query, relevant passage, {args.negatives} others) of "
+            f"{data_name(collection)} in {args.dtype}, no dropout; a multi-vector teacher of six layers, a dense "
+            "student of three, two pairs of layers. The plain passes are forward, backward, clipping and AdamW of "
+            "both models on a ready batch with their own contrastive losses. MaxSim is of ready token vectors, of "
+            "passages drawn at random.",
+            "columns": ["what", "how", "steps/s"],
+            "rows": table,
+            "claims": claims,
+            "checks": checks,
+            "threads": torch.get_num_threads(),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""The recipe of LEAD: every profile is a graph, and the published numbers stand in it."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_distill.recipes import load_recipe
+
+
+PAPER = ("paper", "paper_12de_6de", "paper_12ce_6de", "paper_24cb_12de", "paper_document")
+
+
+@pytest.mark.parametrize("profile", [*PAPER, "small", "small_dense", "small_ranker", "smoke"])
+def test_every_profile_is_a_graph(profile):
+    stages = load_recipe("lead", profile, ["data=D"]).stages
+    wanted = {"first_miner", "hard", "student_warm", "teacher_warm", "lead", "response", "no_teacher", "figures"}
+    assert wanted <= set(stages)
+    assert stages["lead"].settings["method"] == "lead" and stages["response"].settings["method"] == "labelled_response"
+    # What LEAD is compared with takes as many steps from the same start.
+    steps = {stages[name].settings["max_steps"] for name in ("lead", "response", "no_teacher")}
+    assert len(steps) == 1
+    assert {stages[name].settings["rows"] for name in ("lead", "response", "no_teacher")} == {"${hard}"}
+
+
+@pytest.mark.parametrize(
+    ("profile", "kind", "rate", "steps", "accumulation", "teacher_rate"),
+    [
+        ("paper", "multi_vector", 2e-5, 50000, 1, 2e-5),
+        ("paper_12de_6de", "dense", 5e-5, 50000, 1, 2e-5),
+        ("paper_12ce_6de", "cross_encoder", 5e-5, 100000, 10, 1e-5),
+        ("paper_24cb_12de", "multi_vector", 2e-5, 50000, 1, 1e-5),
+    ],
+)
+def test_the_published_numbers(profile, kind, rate, steps, accumulation, teacher_rate):
+    stages = load_recipe("lead", profile, ["data=D"]).stages
+    lead, teacher, student = (stages[name].settings for name in ("lead", "teacher_warm", "student_warm"))
+    assert teacher["kind"] == kind and teacher["learning_rate"] == teacher_rate and teacher["max_steps"] == 20000
+    assert (lead["learning_rate"], lead["max_steps"]) == (rate, steps)
+    assert lead.get("gradient_accumulation_steps", 1) == accumulation
+    assert lead["num_layer_pairs"] == 5 and lead["layer_resample_every"] == 10 and lead["layer_pairing"] == "random"
+    assert lead["max_grad_norm"] == 2.0 and lead["weight_decay"] == 0.0 and lead["seed"] == 888
+    assert student["pooling"] == "cls" and student["similarity"] == "dot" and not student["normalize"]
+    assert student["max_steps"] == 20000 and student["learning_rate"] == 2e-5
+    hard = stages["hard"].settings
+    assert (hard["mine_depth"], hard["mine_window"], hard["mine_negatives"]) == (1000, "1,500", 100)
+    if kind == "multi_vector":
+        assert teacher["projection_dim"] == 0
