@@ -159,6 +159,7 @@ def test_killed_at_any_moment_it_leaves_the_same_bytes(msmarco, tmp_path):
 
 
 def test_finished_files_are_not_written_again(msmarco, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_distill.data.sources._ALWAYS_HASHED", 10)
     write, written = conversion._write_file, []
     monkeypatch.setattr("hf_distill.data.lines._BLOCK_BYTES", 4000)
     monkeypatch.setattr(conversion, "_FILE_ROWS", 100)
@@ -178,7 +179,7 @@ def test_finished_files_are_not_written_again(msmarco, tmp_path, monkeypatch):
     assert len(written) > 5 and len(set(written)) == len(written)
     total = len(written)
     assert run(msmarco, tmp_path / "out").resumed  # done already: nothing is written
-    assert len(written) == total
+    assert len(written) == total and not working_folder(tmp_path / "out").exists()
 
 
 def test_changed_input_starts_anew(msmarco, tmp_path, monkeypatch, caplog):

@@ -166,9 +166,7 @@ def json_record(text: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        detail = (
-            f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
-        )
+        detail = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
         raise InputError(
             f"not a JSON object ({detail}): {text[:80]!r}",
             where=where,

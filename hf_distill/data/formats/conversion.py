@@ -123,6 +123,8 @@ def _convert(source: Source, parts: list[Part], target: Path, key: str, name: st
     if (target / MANIFEST).exists() and read_json(target / MANIFEST).get("key") == key:
         logger.info("%s is there already, made from the same input", target)
         _recall(parts, read_json(target / MANIFEST)["parts"])
+        # What the cache of an opened source has left there.
+        shutil.rmtree(working_folder(target), ignore_errors=True)
         return Conversion(target, parts, resumed=True)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(
