@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from configparser import ConfigParser
+from pathlib import Path
+
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -123,7 +126,16 @@ def test_what_is_wrong_is_said(write, content, profile, overrides, message):
 def test_a_recipe_of_the_package_is_found_by_name(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="there is no recipe 'nonesuch'"):
         recipe_path("nonesuch")
-    assert any(folder.name == "recipes" and folder.is_dir() for folder in recipe_folders())
+    assert recipe_path("prod").name == "prod.yaml"
+    # An installation has them where the second folder looks.
+    installed = tmp_path / "share" / "hf_distill" / "recipes"
+    installed.mkdir(parents=True)
+    (installed / "mine.yaml").write_text("stages: {}")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert recipe_folders()[1] == installed and recipe_path("mine") == installed / "mine.yaml"
+    setup = ConfigParser()
+    setup.read(Path(__file__).parents[1] / "setup.cfg")
+    assert setup["options.data_files"]["share/hf_distill/recipes"] == "run_scripts/recipes/*.yaml"
 
 
 def test_parts(write):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -261,3 +262,43 @@ def test_the_report_is_one_page_without_a_network(start, tmp_path, monkeypatch):
     before = (tmp_path / "out/report.html").stat().st_mtime_ns
     start("ranker.amount=2")
     assert (tmp_path / "out/report.html").stat().st_mtime_ns == before, "nothing new to tell"
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_launched_stage_ends_with_the_recipe_and_goes_on(micro, tiny_bert, tmp_path):
+    """Two processes train one stage; the recipe is killed with them at work, and started again."""
+    training = {"verb": "train", "data": str(micro), "model": str(tiny_bert), "launch": "cpu:2", "use_cpu": True}
+    training |= {"per_device_train_batch_size": 4, "num_negatives": 2, "max_steps": 20, "save_steps": 4}
+    training |= {"eval_strategy": "no", "report_to": "none", "mine_depth": 20}
+    path = tmp_path / "launched.yaml"
+    path.write_text(yaml.safe_dump({"stages": {"model": training}}))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "hf_distill", "recipe", str(path), "--output_dir", str(out)]
+
+    def working() -> list[str]:
+        """Processes that this stage's command line names."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                words = entry.read_bytes()
+                if str(out / "records" / "model.yaml").encode() in words:
+                    found.append(entry.parent.name)
+        return found
+
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while process.poll() is None and not list(out.glob("stages/model/checkpoint-*")):
+        time.sleep(0.05)
+    assert process.poll() is None, process.stderr.read().decode()
+    assert len(working()) >= 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while working() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not working(), "the stage outlived its recipe"
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "goes on where it stopped" in done.stderr
+    assert json.loads((out / "stages/model/run_key.json").read_text())["processes"] == 2
+    assert json.loads((out / "records/model.json").read_text())["starts"] == 2

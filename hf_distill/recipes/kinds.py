@@ -124,6 +124,17 @@ register_kind(
 )
 register_kind(
     StageKind(
+        "progressive",
+        1,
+        MODEL,
+        {"data": COLLECTION, "student": MODEL, "rows": ROWS, "mine_with": MODEL},
+        (("data",), ("student",), ("phases",)),
+        trains=True,
+        system="student",
+    )
+)
+register_kind(
+    StageKind(
         "evaluate",
         1,
         FIGURES,

@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 
+END_WITH = "HF_DISTILL_END_WITH"
+"""Names the process whose end also ends a verb: that of the recipe."""
+
 _PR_SET_PDEATHSIG = 1
 _SECONDS_TO_END = 30.0
 _SECONDS_TO_LOOK = 0.1
@@ -89,7 +92,7 @@ def _start(words: list[str], log: Path) -> Any:
 def _verb(words: list[str], log: str, parent: int) -> None:
     """What the process of a stage does."""
     _end_with_parent()
-    _end_with(parent)
+    end_with(parent)
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -119,8 +122,8 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _end_with(process: int) -> None:
-    """Ends this process when another one has ended: the parent is only the one that was forked from."""
+def end_with(process: int) -> None:
+    """Ends this process when another one has ended, whatever stands between them."""
     from threading import Thread
 
     def watch() -> None:
@@ -140,7 +143,12 @@ class _Command:
     def __init__(self, command: list[str], log: Path):
         with open(log, "ab") as file:
             self._process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                # The launcher hears of it at once, the processes that it has started within a moment.
+                preexec_fn=_end_with_parent,
+                env={**os.environ, END_WITH: str(os.getpid())},
             )
         self.pid = self._process.pid
 
