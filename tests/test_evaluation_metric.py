@@ -174,4 +174,5 @@ def push_and_load(items_of_run: list[dict], items_of_qrels: list[dict]) -> dict:
 
 def test_pushed_as_a_space_it_is_a_metric_by_its_id(hub, hub_client):
     qrels, run = some_data(4)
-    assert hub_client(push_and_load, items(run, "scores"), items(qrels, "relevances")) == evaluate_run(qrels, run).means
+    found = hub_client(push_and_load, items(run, "scores"), items(qrels, "relevances"))
+    assert found == evaluate_run(qrels, run).means
