@@ -278,6 +278,13 @@ def test_a_token_in_a_file_is_not_published(hub, hub_client, student):
     assert "hf_alice" not in str(error.value) and ("model", "alice/student") not in hub.repos
 
 
+def test_a_card_with_broken_yaml(hub, hub_client, student):
+    (student / "README.md").write_text("---\ntags: [a: b: c\n---\n# A card\n")
+    with pytest.raises(RemoteError, match="not pushed to alice/student: Invalid metadata in README.md"):
+        hub_client(push, student, "alice/student")
+    assert hub.repo("alice/student").files() == {} and not hub_client.sleeps
+
+
 def test_revisions_in_names():
     assert split_revision("me/rows@v1") == ("me/rows", "v1")
     assert split_revision("me/rows") == ("me/rows", None)

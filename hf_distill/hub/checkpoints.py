@@ -5,8 +5,9 @@ from __future__ import annotations
 import fnmatch
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,22 +76,26 @@ class Publisher:
 
         Args:
             checkpoint: A complete checkpoint of the output folder.
-            strategy: `"every_save"` (the model alone), `"checkpoint"` (also the whole last and best checkpoint) or
-                `"all_checkpoints"` (also this checkpoint under its own name).
+            strategy: `"every_save"` (the model alone), `"checkpoint"` (also the whole checkpoint, as the last one) or
+                `"all_checkpoints"` (also the whole checkpoint under its own name); the best one comes along with both.
             best: The best checkpoint so far.
             message: Of the commit.
         """
         staged = self.folder / f"{_STAGED}{checkpoint.name}"
         shutil.rmtree(staged, ignore_errors=True)
         files = {**files_of(self.folder), **native_files(checkpoint)}
-        if strategy == "checkpoint":
-            files |= {f"{LAST}/{path}": file for path, file in files_of(checkpoint).items()}
+        if strategy != "every_save":
+            name = LAST if strategy == "checkpoint" else checkpoint.name
+            files |= {f"{name}/{path}": file for path, file in files_of(checkpoint).items()}
             if best is not None and best.is_dir() and best.resolve() != checkpoint.resolve():
                 files |= {f"{BEST}/{path}": file for path, file in native_files(best).items()}
-        elif strategy == "all_checkpoints":
-            files |= {f"{checkpoint.name}/{path}": file for path, file in files_of(checkpoint).items()}
-        aside = {path: _link(file, staged / path) for path, file in files.items()}
-        self._running = self._executor.submit(self._push, aside, message, staged)
+        try:
+            aside = {path: _link(file, staged / path) for path, file in files.items()}
+        except OSError as error:
+            self._warn(message, f"its files cannot be put aside: {error}")
+            shutil.rmtree(staged, ignore_errors=True)
+        else:
+            self._running = self._executor.submit(self._push, aside, message, staged)
 
     def _push(self, files: Mapping[str, Path], message: str, staged: Path) -> None:
         try:
@@ -98,15 +103,13 @@ class Publisher:
             self.target = replace(self.target, repo_id=pushed.repo_id, create=False)
             logger.info("%s: pushed to %s", message, pushed.url)
         except Exception as error:
-            reason = str(error).rstrip(".") if isinstance(error, InputError) else explain(error)
-            logger.warning(
-                "%s: not pushed to %s (%s); training goes on, and what is saved next is pushed again.",
-                message,
-                self.target.repo_id,
-                reason,
-            )
+            self._warn(message, str(error).rstrip(".") if isinstance(error, InputError) else explain(error))
         finally:
             shutil.rmtree(staged, ignore_errors=True)
+
+    def _warn(self, message: str, reason: str) -> None:
+        sentence = "%s: not pushed to %s (%s); training goes on, and what is saved next is pushed again."
+        logger.warning(sentence, message, self.target.repo_id, reason)
 
 
 def _link(file: Path, target: Path) -> Path:
@@ -135,61 +138,71 @@ def fetch_checkpoint(name: str, output_dir: str | Path, token: str | None = None
         InputError: If the Hub does not give it, the repository holds no checkpoint, or it belongs to another run than
             the output folder.
     """
-    from huggingface_hub import HfApi, snapshot_download
-
-    output_dir, (repo_id, revision) = Path(output_dir), split_revision(name)
-    api = HfApi(token=token)
-    try:
-        info = attempt(
-            lambda: api.model_info(repo_id, revision=revision, files_metadata=True, timeout=30), f"asking for {name}"
-        )
-        folder = _checkpoint_in([sibling.rfilename for sibling in info.siblings or []])
-        if folder is None:
-            raise InputError(
-                "the repository holds no checkpoint to go on from",
-                where=f"resume_from_checkpoint, {name}",
-                cure="Only a run pushed with --hub_strategy checkpoint or all_checkpoints can be resumed from the Hub",
-            )
-
-        def download(*patterns: str) -> Path:
-            return Path(
-                attempt(
-                    lambda: snapshot_download(repo_id, revision=info.sha, allow_patterns=list(patterns), token=token),
-                    f"downloading {name}",
-                )
-            )
-
+    output_dir = Path(output_dir)
+    with _reasons(name):
+        info, download = _open(name, token)
+        files = [sibling.rfilename for sibling in info.siblings or []]
+        folder = _checkpoint_in(files, name)
         snapshot = download(f"{folder}/{STATE}", RUN_KEY)
         _check_run(snapshot / RUN_KEY, output_dir / RUN_KEY, name)
         state = read_json(snapshot / folder / STATE)
         checkpoint = output_dir / f"checkpoint-{state['global_step']}"
         best = Path(state["best_model_checkpoint"]).name if state.get("best_model_checkpoint") else None
-        best_folder = best if folder != LAST else BEST
+        best_folder = best if any(path.startswith(f"{best}/") for path in files) else BEST
         with_best = best is not None and best != checkpoint.name
         snapshot = download(f"{folder}/*", *([f"{best_folder}/*"] if with_best else []))
-    except InputError:
-        raise
-    except Exception as error:
-        cure = (
-            "Connect to the network, and start the same command again"
-            if is_transport_error(error)
-            else "Check the name, the revision and your login (`hf auth login`)"
-        )
-        raise InputError(explain(error), where=f"resume_from_checkpoint, {name}", cure=cure) from error
     check_content(snapshot, info.siblings)
     # The best one first: a checkpoint with a state counts as complete, and then everything has to be there.
     if with_best and not (output_dir / best).is_dir():
         _copy(snapshot / best_folder, output_dir / best)
     _copy(snapshot / folder, checkpoint, best=None if best is None else str(output_dir / best))
-    logger.info("going on from step %d of %s at %s", state["global_step"], repo_id, info.sha[:10])
+    logger.info("going on from step %d of %s at %s", state["global_step"], info.id, info.sha[:10])
     return checkpoint
 
 
-def _checkpoint_in(files: list[str]) -> str | None:
+def _open(name: str, token: str | None) -> tuple[Any, Callable[..., Path]]:
+    """What the Hub says about a repository, and a function that downloads files of that commit by patterns."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    repo_id, revision = split_revision(name)
+    info = attempt(
+        lambda: HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True, timeout=30),
+        f"asking for {name}",
+    )
+
+    def download(*patterns: str) -> Path:
+        wanted = {"revision": info.sha, "allow_patterns": list(patterns), "token": token}
+        return Path(attempt(lambda: snapshot_download(repo_id, **wanted), f"downloading {name}"))
+
+    return info, download
+
+
+@contextmanager
+def _reasons(name: str) -> Iterator[None]:
+    """Turns the client library's errors into a sentence about `resume_from_checkpoint`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        cure = "Check the name, the revision and your login (`hf auth login`)"
+        if is_transport_error(error):
+            cure = "Connect to the network, and start the same command again"
+        problem = f"there is no such folder here, and {explain(error)}"
+        raise InputError(problem, where=f"resume_from_checkpoint, {name}", cure=cure) from error
+
+
+def _checkpoint_in(files: list[str], name: str) -> str:
     if f"{LAST}/{STATE}" in files:
         return LAST
     steps = [int(path.split("/")[0].removeprefix("checkpoint-")) for path in files if _is_state(path)]
-    return f"checkpoint-{max(steps)}" if steps else None
+    if not steps:
+        raise InputError(
+            "the repository holds no checkpoint to go on from",
+            where=f"resume_from_checkpoint, {name}",
+            cure="Only a run pushed with --hub_strategy checkpoint or all_checkpoints can be resumed from the Hub",
+        )
+    return f"checkpoint-{max(steps)}"
 
 
 def _is_state(path: str) -> bool:

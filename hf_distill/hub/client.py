@@ -124,6 +124,8 @@ def explain(error: BaseException) -> str:
     }
     if status in meanings:
         text = meanings[status]
+    elif status == 400:
+        text = str(error).strip().split("\n")[0].rstrip(".")  # the client library says what is wrong with the files
     elif status is not None and status >= 500:
         text = f"the Hub failed ({status})"
     else:
