@@ -96,6 +96,11 @@ class Board:
         if self._live is None:
             logger.info("%s: %s after %s%s", stage, state, duration(seconds), f", {result}" if result else "")
 
+    def was_done(self, stage: str, seconds: float, result: str) -> None:
+        """A stage has nothing to do."""
+        line = self.lines[stage]
+        line.state, line.seconds, line.result = "done", seconds, result
+
     def show(self) -> None:
         """Prints the table as it stands."""
         print_table(self.title, COLUMNS, [line.cells() for line in self.lines.values()])

@@ -216,7 +216,7 @@ class RecipeRun:
             self.workspace.save(record)
         if not decision.works:
             self._push(record)
-            board.ends(name, DONE, record.seconds, record.figures.get("headline", ""))
+            board.was_done(name, record.seconds, record.figures.get("headline", ""))
             return
         if decision.action != RESUME:
             shelf = self.workspace.supersede(name)
