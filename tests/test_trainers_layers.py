@@ -452,3 +452,14 @@ def test_baselines_are_switches(method, terms, tiny_bert, tmp_path, rows):
     if method == "lead_uniform":
         assert trainer.terms["layer_alignment"].options == {"reweight": False}
     assert np.isfinite(history(trainer)[0]["loss"])
+
+
+def test_lexical_models_have_no_layers_to_compare(tiny_tokenizer, tiny_bert, rows, tmp_path):
+    from hf_distill.models import LexicalRetriever
+
+    lexical = LexicalRetriever.from_pretrained(save_tiny(tmp_path / "mlm", "bert", tiny_tokenizer, head="MaskedLM"))
+    student = student_from("layers:2", make("dense", tiny_bert))
+    with pytest.raises(InputError, match="layers of a lexical model give no scores.*kl"):
+        DistillTrainer(student, arguments(tmp_path), [LiveTeacher("teacher", lexical)], rows=rows)
+    with pytest.raises(InputError, match="layers of a lexical model give no scores"):
+        score_layers(lexical, rows)

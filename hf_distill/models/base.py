@@ -134,7 +134,13 @@ class RetrievalModel(PreTrainedModel):
         return plain_model(self.backbone).config.num_hidden_layers
 
     def check_layers(self, layers: Sequence[int]) -> None:
-        """Raises [`InputError`] for a layer number that this model does not have."""
+        """Raises [`InputError`] for a layer number that this model does not have, or if its layers give no scores."""
+        if self.representation == "sparse":
+            raise InputError(
+                "the layers of a lexical model give no scores",
+                where="layers",
+                cure="Use a loss on its final scores (kl), or a dense, multi-vector or cross-encoder teacher",
+            )
         check_layers(layers, self.num_layers, str(self.name_or_path or type(self).__name__))
 
     def batch_scores(self, output: Any, batch: Mapping[str, Any], candidates: str) -> torch.Tensor:

@@ -66,8 +66,6 @@ def score_layers(
         )
     inference = as_inference_model(model, dtype=dtype, device=device, token_budget=token_budget)
     source = inference._source
-    if source.representation == "sparse":
-        raise InputError("the layers of lexical models are not scored", where="layers", cure="Use another teacher")
     chosen = list(range(1, source.num_layers + 1)) if layers == "all" else sorted(set(layers))
     source.check_layers(chosen)
     query, document = np.repeat(rows.query, rows.lengths), flat_documents(rows)
