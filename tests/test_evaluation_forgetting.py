@@ -14,7 +14,15 @@ from hf_distill.data.qrels import Qrels
 from hf_distill.data.rows import RowSet
 from hf_distill.data.run import Run
 from hf_distill.errors import InputError
-from hf_distill.evaluation.forgetting import changes, composition, negative_keys, overlap, positive_ranks, read_ranks, write_ranks
+from hf_distill.evaluation.forgetting import (
+    changes,
+    composition,
+    negative_keys,
+    overlap,
+    positive_ranks,
+    read_ranks,
+    write_ranks,
+)
 
 
 def run_of(query, documents):
