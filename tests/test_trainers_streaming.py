@@ -205,6 +205,13 @@ def test_too_few_streamed_rows_for_a_batch(tiny_bert, stream, tmp_path):
         trainer(tiny_bert, stream, tmp_path / "out", per_device_train_batch_size=71)
 
 
+@pytest.mark.parametrize("name", ["dispatch_batches", "split_batches"])
+def test_accelerate_may_not_divide_the_batches(name, tiny_bert, stream, tmp_path):
+    one = trainer(tiny_bert, stream, tmp_path / "out", accelerator_config={name: True})
+    with pytest.raises(InputError, match=f"{name}: every process reads its own part of a stream. Leave it out"):
+        one.train()
+
+
 # ---- Other processes ----
 def run_settings(folder, micro, rows, model, **settings) -> dict:
     return {

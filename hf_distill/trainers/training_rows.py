@@ -48,6 +48,13 @@ def make_sampler(
 ) -> EpochSampler | StreamSampler:
     """Their order, the same on every process."""
     if isinstance(dataset, StreamedTrainingRows):
+        for name in ("dispatch_batches", "split_batches"):
+            if getattr(args.accelerator_config, name):
+                raise InputError(
+                    "every process reads its own part of a stream",
+                    where=f"accelerator_config, {name}",
+                    cure="Leave it out",
+                )
         return StreamSampler(
             dataset,
             args.train_batch_size,
