@@ -169,7 +169,7 @@ class ProgressiveOptions:
     phases: str | None = _option(
         None,
         "The phases in their order, a list in YAML or JSON: each has a name, a teacher, and whatever it sets "
-        "otherwise than the run, any field of distill: rows, mine_with, losses, max_steps, learning_rate, num_negatives ...",
+        "otherwise than the run, any field of distill: rows, mine_with, losses, max_steps, learning_rate ...",
     )
 
 
