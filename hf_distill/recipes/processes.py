@@ -67,7 +67,7 @@ def in_other_process(function: Callable[..., Any], *arguments: Any) -> Any:
     from concurrent.futures import ProcessPoolExecutor
 
     with ProcessPoolExecutor(1, mp_context=_context()) as pool:
-        return pool.submit(function, *arguments).result()
+        return pool.submit(_as_here, _here(), function, *arguments).result()
 
 
 @cache
@@ -84,9 +84,22 @@ def _context() -> Any:
 def _start(words: list[str], log: Path) -> Any:
     if words[0] == "--launch":
         return _Command([sys.executable, "-m", "hf_distill", *words], log)
-    process = _context().Process(target=_verb, args=(words, str(log), os.getpid()))
+    process = _context().Process(target=_as_here, args=(_here(), _verb, words, str(log), os.getpid()))
     process.start()
     return process
+
+
+def _here() -> tuple[dict[str, str], str]:
+    """Environment and working folder, which the process that others are forked from has from its own start."""
+    return dict(os.environ), os.getcwd()
+
+
+def _as_here(here: tuple[dict[str, str], str], function: Callable[..., Any], *arguments: Any) -> Any:
+    environment, folder = here
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    return function(*arguments)
 
 
 def _verb(words: list[str], log: str, parent: int) -> None:
