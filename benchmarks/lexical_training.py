@@ -66,6 +66,9 @@ def run_peer(
 ) -> tuple[float, list[float]]:
     """The same steps with `SparseEncoderTrainer`."""
     from sentence_transformers import SparseEncoder, SparseEncoderTrainer, SparseEncoderTrainingArguments
+    from sentence_transformers.sparse_encoder.callbacks.splade_callbacks import (
+        SpladeRegularizerWeightSchedulerCallback,
+    )
     from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
 
     from hf_distill.models import set_dropout
@@ -81,7 +84,10 @@ def run_peer(
         query_regularizer_weight=0.75 * WEIGHT,
     )
     settings = SparseEncoderTrainingArguments(**common_arguments(work, steps, dtype, batch), batch_sampler=_in_order)
-    return run_trainer(SparseEncoderTrainer(model=model, args=settings, train_dataset=columns, loss=loss))
+    trainer = SparseEncoderTrainer(model=model, args=settings, train_dataset=columns, loss=loss)
+    # It would let the regulariser grow over the first third of the steps; ours is constant here.
+    trainer.remove_callback(SpladeRegularizerWeightSchedulerCallback)
+    return run_trainer(trainer)
 
 
 def led_steps(rows: Any, folder: Path, teacher: Any, name: str, args: Any) -> tuple[float, list[float]]:
