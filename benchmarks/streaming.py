@@ -137,6 +137,7 @@ def main() -> None:
         rows=(1_000_000, "rows that are streamed for the memory"),
         passages=(1_000_000, "passages of the corpus"),
         timed=(60_000, "rows of an epoch for the speed"),
+        tokenised=(8_192, "rows of an epoch for the speed with tokenising"),
         rounds=(5, "rounds of the sides in turn"),
     )
     import torch
