@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..console import get_logger, is_main_process
-from ..distributed import wait_for_everyone, world_size
+from ..distributed import world_size
 from ..files import read_json
 
 
@@ -16,8 +16,19 @@ logger = get_logger(__name__)
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint that was written to its end; newer ones that were cut off are removed."""
-    while Path(folder).is_dir() and (checkpoint := get_last_checkpoint(str(folder))) is not None:
+    """The newest checkpoint that was written to its end; newer ones that were cut off are removed.
+
+    All processes must come here together.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    # One process looks and removes, all go by what it saw: what they see at different moments differs.
+    found = [_last_complete(Path(folder)) if is_main_process() else None]
+    return broadcast_object_list(found)[0] if world_size() > 1 else found[0]
+
+
+def _last_complete(folder: Path) -> str | None:
+    while folder.is_dir() and (checkpoint := get_last_checkpoint(str(folder))) is not None:
         # The state is the last file of a checkpoint but for the random states of the other processes.
         random_states = len(list(Path(checkpoint).glob("rng_state*.pth")))
         try:
@@ -31,7 +42,5 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
         if complete and random_states >= world_size():
             return checkpoint
         logger.warning("%s was cut off while it was written; going back to the one before.", checkpoint)
-        if is_main_process():
-            shutil.rmtree(checkpoint)
-        wait_for_everyone()
+        shutil.rmtree(checkpoint)
     return None
