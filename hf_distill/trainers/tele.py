@@ -55,6 +55,7 @@ class TeleTrainer(RetrievalTrainer):
     """
 
     _name: ClassVar[str] = "ANCE-Tele"
+    _card: ClassVar[str] = "ance_tele"
     _paper: ClassVar[Mapping[str, str]] = {
         "title": "Reduce Catastrophic Forgetting of Dense Retrieval Training with Teleportation Negatives",
         "authors": "Si Sun, Chenyan Xiong, Yue Yu, Arnold Overwijk, Zhiyuan Liu, Jie Bao",
