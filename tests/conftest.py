@@ -10,6 +10,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_DISTILL_PROGRESS", "0")
+# Equal bytes are promised for equal numbers of threads, here and in the processes that tests start; and pytest's
+# workers have the cores between them already.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import logging

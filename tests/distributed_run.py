@@ -18,7 +18,7 @@ from hf_distill.data import RowSet, load_collection
 from hf_distill.distributed import is_sharded, leave, world_size
 from hf_distill.evaluation import RetrievalEvaluation
 from hf_distill.files import write_json
-from hf_distill.models import CrossEncoderRanker, DenseRetriever, student_from
+from hf_distill.models import CrossEncoderRanker, DenseRetriever, LexicalRetriever, student_from
 from hf_distill.teachers import CachedScores, LiveTeacher
 from hf_distill.trainers import DistillTrainer, DistillTrainingArguments
 
@@ -62,7 +62,10 @@ def train(settings: dict[str, Any]) -> None:
     rows = open_rows(settings["rows"], settings["collection"])
     teacher, ranker = open_teacher(settings["teacher"]), open_ranker(settings["ranker"])
     torch.manual_seed(0)
-    student = student_from("layers:2", teacher)
+    if settings.get("lexical"):
+        student = LexicalRetriever.from_pretrained(settings["teacher"], new_head="random", pooled_tokens="text")
+    else:
+        student = student_from("layers:2", teacher)
     teachers = [CachedScores("file"), LiveTeacher("dense", teacher), LiveTeacher("ranker", ranker)]
     if settings.get("projection"):
         student.add_projection("dense", 32)

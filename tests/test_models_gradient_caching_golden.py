@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -85,9 +85,13 @@ def test_one_process(tag, chunks):
         assert len(calls) == 2 * (32 + (8 if tag == "tied" else 0))
 
 
-def _worker(number: int, world: int, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(number)}
-    os.environ |= {"WORLD_SIZE": str(world), "LOCAL_RANK": str(number)}
+def _worker(number: int, world: int, meeting: str) -> None:
+    # They meet at a file: a port could be taken by another test in between.
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=number, world_size=world, timeout=timedelta(seconds=60)
+    )
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": str(world), "LOCAL_RANK": str(number)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # asked for, not used
     torch.set_num_threads(1)
     from accelerate import PartialState
 
@@ -104,8 +108,5 @@ def _worker(number: int, world: int, port: int) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("world", [2, 4])
-def test_several_processes(world):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, (world, port), nprocs=world)
+def test_several_processes(world, tmp_path):
+    torch.multiprocessing.spawn(_worker, (world, str(tmp_path / "meeting")), nprocs=world)

@@ -33,6 +33,7 @@ OWN = {
 GLOBAL = {
     "contrastive_global": [{"name": "contrastive", "candidates": "global"}],
     "kl_global": [{"name": "kl", "teacher": "dense", "candidates": "global"}, {"name": "kl", "teacher": "file"}],
+    "lexical": [{"name": "contrastive", "candidates": "global"}, {"name": "flops", "weight": 0.05}],
 }
 LOSSES = OWN | GLOBAL
 ACCUMULATED = {"gradient_accumulation_steps": 4}
@@ -118,6 +119,7 @@ def job(models: dict[str, str], folder: Path, processes: int, loss: str, way: st
             "losses": json.dumps(LOSSES[loss]),
             **changed,
         },
+        "lexical": loss == "lexical",
         **more,
     }
 

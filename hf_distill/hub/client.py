@@ -54,7 +54,14 @@ def is_transport_error(error: BaseException) -> bool:
 
 
 def is_worth_another_try(error: BaseException) -> bool:
-    """True for what passes by itself: too many requests, a conflict, a failing or unreachable Hub."""
+    """True for what passes by itself: too many requests, a conflict, a failing or unreachable Hub.
+
+    Never in offline mode, where no answer will come.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
     status = status_of(error)
     if status is None:
         return is_transport_error(error)
