@@ -1,9 +1,7 @@
-"""Gradient caching and negatives from all processes together: the golden cases, in one process and in two."""
+"""Gradient caching and negatives from all processes together: the golden cases."""
 
 from __future__ import annotations
 
-import os
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -83,29 +81,3 @@ def test_one_process(tag, chunks):
     np.testing.assert_allclose(scores.detach().numpy(), golden[f"{tag}.scores"], atol=1e-5)
     if chunks == "1_1":  # each of 32 passages twice, and in one shared tower each of 8 queries too
         assert len(calls) == 2 * (32 + (8 if tag == "tied" else 0))
-
-
-def _worker(number: int, world: int, meeting: str) -> None:
-    # They meet at a file: a port could be taken by another test in between.
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=number, world_size=world, timeout=timedelta(seconds=60)
-    )
-    os.environ |= {"RANK": str(number), "WORLD_SIZE": str(world), "LOCAL_RANK": str(number)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # asked for, not used
-    torch.set_num_threads(1)
-    from accelerate import PartialState
-
-    PartialState(cpu=True, backend="gloo")
-    assert world_size() == world
-    golden = np.load(GOLDEN)
-    for tag in ("tied", "untied"):
-        for chunks in (None, (1, 3)):
-            model = nn.parallel.DistributedDataParallel(Towers(golden, tag))
-            loss, _ = step(model, golden, chunks)
-            check(model, golden, tag, loss)
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.distributed
-def test_two_processes(tmp_path):
-    torch.multiprocessing.spawn(_worker, (2, str(tmp_path / "meeting")), nprocs=2)
