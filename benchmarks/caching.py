@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from typing import Any
 
 from .common import (
-    ROOT,
     PeakMemory,
+    Report,
     alternate,
     arguments,
-    check,
-    claim,
     data_name,
     dense_model,
-    finish,
+    in_own_process,
     mebibytes,
     open_collection,
     peer_model,
@@ -24,6 +19,7 @@ from .common import (
     say,
     scratch_folder,
     spread,
+    tell,
 )
 from .steps import TEMPERATURE, largest_difference, peer_columns, run_ours, run_peer, training_rows
 
@@ -61,12 +57,8 @@ def open_models(*names: str) -> dict[str, Any]:
 
 def measure_memory(args: Any, side: str, batch: int, chunk: int) -> dict[str, Any]:
     """Peak memory and loss of one step in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.caching", "--side", side, "--batch", str(batch)]
-    command += ["--chunk", str(chunk), "--dtype", args.dtype] + (["--data", args.data] if args.data else [])
-    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if output.returncode:
-        raise SystemExit(output.stderr[-3000:])
-    found = json.loads(output.stdout.strip().splitlines()[-1])
+    options = {"batch": batch, "chunk": chunk, "dtype": args.dtype, "data": args.data}
+    found = in_own_process("caching", side=side, **options)
     say(f"  {side}, batch {batch}: {mebibytes(found['bytes'])}, loss {found['loss']:.5f}")
     return found
 
@@ -78,7 +70,7 @@ def child(args: Any) -> None:
     rows = training_rows(collection, args.batch, negatives=1)
     with PeakMemory() as memory:
         _, losses = run(args.side, models, rows, args.batch, args.dtype, args.chunk)
-    print(json.dumps({"bytes": memory.bytes, "loss": losses[0]}))
+    tell(bytes=memory.bytes, loss=losses[0])
 
 
 def main() -> None:
@@ -95,8 +87,7 @@ def main() -> None:
     if args.side is not None:
         child(args)
         return
-    import torch
-
+    report = Report(args, "Gradient caching", ["what", "examples/s", "peak memory"])
     collection = open_collection("medquad", args.data)
     models = open_models("ours", "peer")
     rows = training_rows(collection, args.batch, negatives=1)
@@ -113,52 +104,31 @@ def main() -> None:
 
     seconds = alternate({OURS: lambda: step(OURS, args.chunk), PEER: lambda: step(PEER, peer_chunk)}, args.rounds)
     difference = largest_difference(losses[OURS], losses[PEER])
-    checks = [
-        check(
-            difference <= (1e-4 if args.dtype == "float32" else 0.03),
-            f"batch {args.batch}: losses of the step, ours {losses[OURS][0]:.5f} and the peer's {losses[PEER][0]:.5f}",
-        ),
-        f"the peer's chunk of {peer_chunk} texts was its fastest of {PEER_CHUNKS} at batch {len(few)}",
-    ]
-    table = [
-        [f"{name}, batch {args.batch}", spread([args.batch / one for one in seconds[name]], "{:.1f}"), ""]
-        for name in (OURS, PEER)
-    ]
-    claims = [claim(f"{args.dtype}, examples/s", ratios(seconds[OURS], seconds[PEER]), 1.3)]
+    report.check(
+        difference <= (1e-4 if args.dtype == "float32" else 0.03),
+        f"batch {args.batch}: losses of the step, ours {losses[OURS][0]:.5f} and the peer's {losses[PEER][0]:.5f}",
+    )
+    report.note(f"the peer's chunk of {peer_chunk} texts was its fastest of {PEER_CHUNKS} at batch {len(few)}")
+    for name in (OURS, PEER):
+        report.row(f"{name}, batch {args.batch}", spread([args.batch / one for one in seconds[name]], "{:.1f}"), "")
+    report.claim(f"{args.dtype}, examples/s", ratios(seconds[OURS], seconds[PEER]), 1.3)
     peaks: dict[tuple[str, int], int] = {}
     for side, sizes in ((OURS_PLAIN, args.plain), (OURS, args.memory), (PEER, args.memory)):
         for batch in map(int, sizes.split(",")):
             chunk = peer_chunk if side == PEER else args.chunk
             peaks[side, batch] = measure_memory(args, side, batch, chunk)["bytes"]
-            table.append([f"{side}, batch {batch}", "", mebibytes(peaks[side, batch])])
+            report.row(f"{side}, batch {batch}", "", mebibytes(peaks[side, batch]))
     batches = [int(size) for size in args.memory.split(",")]
     growth = peaks[OURS, batches[-1]] / peaks[OURS, batches[0]]
-    claims.append(
-        {
-            "what": f"peak memory of ours at batch {batches[-1]} against batch {batches[0]}",
-            "ratio": f"{growth:.2f}×",
-            "rounds": "1",
-            "target": "≤ 1.25×",
-            "verdict": "met" if growth <= 1.25 else "**missed**",
-        }
-    )
+    report.claim_growth(f"peak memory of ours at batch {batches[-1]} against batch {batches[0]}", growth, 1.25)
     largest = [peaks[PEER, size] / peaks[OURS, size] for size in batches]
-    claims.append(claim("peer's peak memory over ours", largest, None))
-    finish(
-        args,
-        {
-            "title": "Gradient caching",
-            "intro": f"Contrastive steps with {args.dtype} autocast and no dropout on {data_name(collection)}: "
-            f"(query, relevant passage, one other passage), chunks of {args.chunk} texts (ours). Ours recomputes "
-            "activations inside one backward pass; the peer encodes twice around a gradient of embeddings. Peak "
-            "memory is what one step of the trainer takes above the loaded model, in a process of its own: gradients "
-            "(87 MiB) and the optimizer's state (174 MiB) included.",
-            "columns": ["what", "examples/s", "peak memory"],
-            "rows": table,
-            "claims": claims,
-            "checks": checks,
-            "threads": torch.get_num_threads(),
-        },
+    report.claim("peer's peak memory over ours", largest)
+    report.finish(
+        f"Contrastive steps with {args.dtype} autocast and no dropout on {data_name(collection)}: "
+        f"(query, relevant passage, one other passage), chunks of {args.chunk} texts (ours). Ours recomputes "
+        "activations inside one backward pass; the peer encodes twice around a gradient of embeddings. Peak "
+        "memory is what one step of the trainer takes above the loaded model, in a process of its own: gradients "
+        "(87 MiB) and the optimizer's state (174 MiB) included."
     )
 
 

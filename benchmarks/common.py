@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import statistics
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -236,14 +238,95 @@ def mebibytes(count: float) -> str:
 # ---------------------------------------------------------------------------------------------------------- results
 
 
-def finish(args: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Writes the result of a benchmark for `run.py`."""
+class Report:
+    """What a benchmark found: a table, what is claimed of it, and what had to hold.
+
+    Args:
+        args: The benchmark's options; the report goes to `args.json`, or is shown where that is not given.
+        title: Of its section in `RESULTS.md`.
+        columns: Of the table.
+    """
+
+    def __init__(self, args: argparse.Namespace, title: str, columns: Sequence[str]) -> None:
+        self._path: Path | None = args.json
+        self._found: dict[str, Any] = {
+            "title": title,
+            "columns": list(columns),
+            "rows": [],
+            "claims": [],
+            "checks": [],
+        }
+
+    def row(self, *cells: str) -> None:
+        """A row of the table."""
+        self._found["rows"].append(list(cells))
+
+    def claim(self, what: str, values: Sequence[float], target: float | None = None, form: str = "{:.2f}×") -> None:
+        """A ratio, one value a round, that should reach `target`: see [`claim`]."""
+        self._found["claims"].append(claim(what, values, target, form))
+
+    def claim_growth(self, what: str, ratio: float, most: float) -> None:
+        """A ratio, measured once, that should stay below `most`."""
+        verdict = "met" if ratio <= most else "**missed**"
+        self._found["claims"].append(
+            {"what": what, "ratio": f"{ratio:.2f}×", "rounds": "1", "target": f"≤ {most:.2f}×", "verdict": verdict}
+        )
+
+    def check(self, condition: bool, what: str) -> None:
+        """Notes something that has to hold; stops the benchmark where it does not."""
+        if not condition:
+            raise SystemExit(f"the two sides do not compute the same: {what}")
+        self.note(what)
+
+    def note(self, what: str) -> None:
+        """A line below the claims."""
+        self._found["checks"].append(what)
+
+    def finish(self, intro: str) -> None:
+        """Writes the result for `run.py`; `intro` says what was measured and how."""
+        import torch
+
+        write_result(self._path, {**self._found, "intro": intro, "threads": torch.get_num_threads()})
+
+
+def write_result(path: Path | None, result: dict[str, Any]) -> None:
+    """Writes a result as JSON, or shows it where there is no path."""
     text = json.dumps(result, indent=1, ensure_ascii=False)
-    if args.json is None:
+    if path is None:
         say(text)
     else:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(text + "\n", encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def in_own_process(benchmark: str, **options: Any) -> dict[str, Any]:
+    """Runs `python -m benchmarks.<benchmark>` with these options; returns the JSON object that it [`tell`]s.
+
+    Memory is measured so: what a process took and gave back changes what the next measurement in it sees.
+    """
+    command = [sys.executable, "-m", f"benchmarks.{benchmark}"]
+    command += [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+
+
+def tell(**found: Any) -> None:
+    """Hands what was measured to the process that asked with [`in_own_process`]."""
+    say(json.dumps(found))
+
+
+def write_vectors(path: Path, count: int, width: int) -> None:
+    """Random vectors in a file, block by block."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    stored = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(count, width))
+    for start in range(0, count, 50_000):
+        stop = min(start + 50_000, count)
+        stored[start:stop] = generator.standard_normal((stop - start, width), dtype=np.float32)
+    stored.flush()
 
 
 @contextlib.contextmanager
@@ -258,10 +341,3 @@ def scratch_folder(name: str) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def check(condition: bool, what: str) -> str:
-    """A line of the report about something that had to hold; stops the benchmark where it does not."""
-    if not condition:
-        raise SystemExit(f"the two sides do not compute the same: {what}")
-    return what

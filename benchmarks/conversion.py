@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
-import json
 import random
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from .common import ROOT, arguments, check, claim, finish, mebibytes, memory_now, ratios, say, scratch_folder, spread
+from .common import Report, arguments, in_own_process, mebibytes, memory_now, ratios, say, scratch_folder, spread, tell
 
 
 OURS, PEER = "hf_distill", "datasets"
@@ -36,7 +33,7 @@ def convert_ours(source: str, target: str) -> None:
 
     start = time.perf_counter()
     convert(open_inputs([source], cache_dir=working_folder(target) / ".cache"), target)
-    report(start)
+    tell(seconds=time.perf_counter() - start, bytes=memory_now("VmHWM"))
 
 
 def convert_peer(source: str, target: str) -> None:
@@ -48,21 +45,13 @@ def convert_peer(source: str, target: str) -> None:
     table = datasets.Dataset.from_csv(source, features=features, cache_dir=f"{target}.cache", **options)
     Path(target).mkdir()
     table.to_parquet(f"{target}/corpus.parquet")
-    report(start)
-
-
-def report(start: float) -> None:
-    print(json.dumps({"seconds": time.perf_counter() - start, "bytes": memory_now("VmHWM")}), flush=True)
+    tell(seconds=time.perf_counter() - start, bytes=memory_now("VmHWM"))
 
 
 def measure(side: str, source: Path, folder: Path) -> dict[str, Any]:
     """One conversion in a process of its own; what it wrote is gone afterwards."""
     target = folder / "out"
-    command = [sys.executable, "-m", "benchmarks.conversion", "--side", side, "--data", str(source)]
-    done = subprocess.run([*command, "--target", str(target)], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr[-3000:])
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"seconds"')))
+    found = in_own_process("conversion", side=side, data=source, target=target)
     found["rows"] = contents(target)
     for path in (target, Path(f"{target}.cache")):
         shutil.rmtree(path, ignore_errors=True)
@@ -106,50 +95,27 @@ def main() -> None:
                     found.setdefault((side, size), []).append(measure(side, source, folder))
             megabytes = source.stat().st_size / 1e6
             source.unlink()
-    rows = [
-        [
-            side,
-            f"{size:,}",
-            spread([size / run["seconds"] for run in runs], "{:,.0f}"),
-            mebibytes(max(run["bytes"] for run in runs)),
-        ]
-        for (side, size), runs in found.items()
-    ]
+    report = Report(args, "Conversion", ["what", "passages", "passages/s", "peak memory"])
+    for (side, size), runs in found.items():
+        rate = spread([size / run["seconds"] for run in runs], "{:,.0f}")
+        report.row(side, f"{size:,}", rate, mebibytes(max(run["bytes"] for run in runs)))
     ours, theirs = found[OURS, sizes[-1]], found[PEER, sizes[-1]]
+    seconds = [[run["seconds"] for run in runs] for runs in (ours, theirs)]
+    report.claim("passages per second", ratios(*seconds))
+    report.claim("the peer's peak memory over ours", [b["bytes"] / a["bytes"] for a, b in zip(ours, theirs)])
     growth = max(run["bytes"] for run in ours) / max(run["bytes"] for run in found[OURS, sizes[0]])
-    claims = [
-        claim(
-            "passages per second", ratios([run["seconds"] for run in ours], [run["seconds"] for run in theirs]), None
-        ),
-        claim("the peer's peak memory over ours", [b["bytes"] / a["bytes"] for a, b in zip(ours, theirs)], None),
-        {
-            "what": f"our peak memory with {sizes[1]:,} passages against {sizes[0]:,}",
-            "ratio": f"{growth:.2f}×",
-            "rounds": "1",
-            "target": "≤ 1.25×",
-            "verdict": "met" if growth <= 1.25 else "**missed**",
-        },
-    ]
-    finish(
-        args,
-        {
-            "title": "Conversion",
-            "intro": f"A file of tab-separated passages ({sizes[1]:,} lines, {megabytes:,.0f} MB) to parquet, each "
-            f"run in a process of its own, imports not counted. hf_distill checks every line and identifier, and that "
-            f"none comes twice; the peer is `Dataset.from_csv` and `to_parquet` of datasets "
-            f"{importlib.metadata.version('datasets')}, which does not. Peak memory is the whole process's, "
-            "libraries included (`VmHWM`).",
-            "columns": ["what", "passages", "passages/s", "peak memory"],
-            "rows": rows,
-            "claims": claims,
-            "checks": [
-                check(
-                    len({run["rows"] for run in (*ours, *theirs)}) == 1 and ours[0]["rows"][0] == sizes[1],
-                    "both sides wrote the same number of rows and of characters",
-                )
-            ],
-            "threads": 2,
-        },
+    report.claim_growth(f"our peak memory with {sizes[1]:,} passages against {sizes[0]:,}", growth, 1.25)
+    written = {tuple(run["rows"]) for run in (*ours, *theirs)}
+    report.check(
+        len(written) == 1 and ours[0]["rows"][0] == sizes[1],
+        "both sides wrote the same number of rows and of characters",
+    )
+    report.finish(
+        f"A file of tab-separated passages ({sizes[1]:,} lines, {megabytes:,.0f} MB) to parquet, each "
+        f"run in a process of its own, imports not counted. hf_distill checks every line and identifier, and that "
+        f"none comes twice; the peer is `Dataset.from_csv` and `to_parquet` of datasets "
+        f"{importlib.metadata.version('datasets')}, which does not. Peak memory is the whole process's, "
+        "libraries included (`VmHWM`)."
     )
 
 

@@ -9,13 +9,11 @@ from typing import Any
 from .common import (
     MAX_LENGTH,
     MODEL,
+    Report,
     alternate,
     arguments,
-    check,
-    claim,
     data_name,
     dense_model,
-    finish,
     open_collection,
     ratios,
     say,
@@ -64,7 +62,7 @@ def main() -> None:
     collection = open_collection("medquad", args.data)
     rows = training_rows(collection, max(args.steps, 2) * args.batch, args.negatives)
     student = student_from(args.student, dense_model())
-    table, claims, checks = [], [], []
+    report = Report(args, "Distillation with cached scores", ["teacher", "how", "examples/s"])
     with scratch_folder("distillation") as folder:
         for kind in ("dense", "cross-encoder"):
             say(f"distillation, {kind} teacher")
@@ -94,34 +92,23 @@ def main() -> None:
             )
             for name in (CACHED, LIVE):
                 rate = [args.steps * args.batch / one for one in seconds[name]]
-                table.append([kind, name, spread(rate, "{:.1f}")])
-            claims.append(claim(f"{kind} teacher, {args.dtype}", ratios(seconds[CACHED], seconds[LIVE]), None))
+                report.row(kind, name, spread(rate, "{:.1f}"))
+            report.claim(f"{kind} teacher, {args.dtype}", ratios(seconds[CACHED], seconds[LIVE]))
             shown = ", ".join(f"{a:.5f} and {b:.5f}" for a, b in zip(losses[CACHED], losses[LIVE]))
             most = 1e-3 if args.dtype == "float32" else 0.1
-            checks.append(
-                check(
-                    largest_difference(losses[CACHED], losses[LIVE]) <= most,
-                    f"{kind} teacher: losses of the steps, cached and live: {shown}",
-                )
+            report.check(
+                largest_difference(losses[CACHED], losses[LIVE]) <= most,
+                f"{kind} teacher: losses of the steps, cached and live: {shown}",
             )
             extra = statistics.median(b - a for a, b in zip(seconds[CACHED], seconds[LIVE]))
-            checks.append(
+            report.note(
                 f"{kind} teacher: scoring costs {1000 * once:.0f} ms a row, once; a live teacher "
                 f"{1000 * extra / (args.steps * args.batch):.0f} ms a row in every epoch"
             )
-    finish(
-        args,
-        {
-            "title": "Distillation with cached scores",
-            "intro": f"`DistillTrainer` on batches of {args.batch} × (query, relevant passage, {args.negatives} "
-            f"others) of {data_name(collection)}, KL divergence over the own candidates, {args.dtype} autocast, no "
-            f"dropout; student: `{args.student}` of the teacher. The live teacher reads every batch in {args.dtype}.",
-            "columns": ["teacher", "how", "examples/s"],
-            "rows": table,
-            "claims": claims,
-            "checks": checks,
-            "threads": torch.get_num_threads(),
-        },
+    report.finish(
+        f"`DistillTrainer` on batches of {args.batch} × (query, relevant passage, {args.negatives} "
+        f"others) of {data_name(collection)}, KL divergence over the own candidates, {args.dtype} autocast, no "
+        f"dropout; student: `{args.student}` of the teacher. The live teacher reads every batch in {args.dtype}."
     )
 
 

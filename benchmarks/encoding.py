@@ -8,14 +8,12 @@ import numpy as np
 
 from .common import (
     DTYPES,
+    Report,
     alternate,
     arguments,
-    check,
-    claim,
     data_name,
     dense_model,
     distinct_texts,
-    finish,
     open_collection,
     peer_model,
     ratios,
@@ -62,7 +60,6 @@ def main() -> None:
         passages=(512, "passages to encode in a round"),
         rounds=(7, "rounds of the two sides in turn"),
     )
-    import torch
 
     from hf_distill.data import Corpus
     from hf_distill.retrieval import InferenceModel, encode_table, encode_texts
@@ -75,7 +72,8 @@ def main() -> None:
     table = Corpus.from_records(
         [{"document_id": str(number), "title": "", "text": text} for number, text in enumerate(texts)]
     )
-    rows, claims, checks, reference = [], [], [], None
+    report = Report(args, "Encoding", ["precision", "what", "passages/s", "best GFLOP/s", "of the peak"])
+    reference = None
     for dtype in DTYPES:
         say(f"encoding, {dtype}")
         peak, kernel = matmul_peak(dtype)
@@ -106,7 +104,7 @@ def main() -> None:
             line = f"{dtype}: cosine of {side} to their float32 vectors at least {found.min():.6f}"
             # The peer's own bfloat16 is reported but not asserted.
             if vector is not reference:
-                checks.append(check(side == "theirs" or found.min() >= close, line))
+                report.check(side == "theirs" or found.min() >= close, line)
         for name, label in (
             ("ours", "hf_distill `encode_texts`"),
             ("ours to disk", "hf_distill `encode_table`, stored in shards"),
@@ -114,28 +112,19 @@ def main() -> None:
         ):
             rate = [len(texts) / one for one in seconds[name]]
             reached = flops * 1e-9 / min(seconds[name])
-            rows.append([dtype, label, spread(rate), f"{reached:.0f}", f"{reached / peak:.0%}"])
-        claims.append(claim(f"{dtype}, in memory", ratios(seconds["ours"], seconds["peer"]), TARGET))
-        claims.append(claim(f"{dtype}, to disk", ratios(seconds["ours to disk"], seconds["peer"]), TARGET))
-        checks.append(f"{dtype}: the machine's best matrix product: {peak:.0f} GFLOP/s ({kernel})")
-        checks.append(
+            report.row(dtype, label, spread(rate), f"{reached:.0f}", f"{reached / peak:.0%}")
+        report.claim(f"{dtype}, in memory", ratios(seconds["ours"], seconds["peer"]), TARGET)
+        report.claim(f"{dtype}, to disk", ratios(seconds["ours to disk"], seconds["peer"]), TARGET)
+        report.note(f"{dtype}: the machine's best matrix product: {peak:.0f} GFLOP/s ({kernel})")
+        report.note(
             f"{dtype}: the peer's passages/s by batch size, when its best was chosen: "
             + ", ".join(f"{size}: {rate:.0f}" for size, rate in rates.items())
         )
-    finish(
-        args,
-        {
-            "title": "Encoding",
-            "intro": f"{len(texts):,} passages of {data_name(collection)}, {lengths.mean():.0f} tokens on average, at "
-            f"most {lengths.max()}, in random order; tokenising included. Both sides sort by length. GFLOP/s are "
-            "useful ones: padding does not count. The last column compares them with the fastest matrix product "
-            "of the same precision that was found on this machine.",
-            "columns": ["precision", "what", "passages/s", "best GFLOP/s", "of the peak"],
-            "rows": rows,
-            "claims": claims,
-            "checks": checks,
-            "threads": torch.get_num_threads(),
-        },
+    report.finish(
+        f"{len(texts):,} passages of {data_name(collection)}, {lengths.mean():.0f} tokens on average, at "
+        f"most {lengths.max()}, in random order; tokenising included. Both sides sort by length. GFLOP/s are "
+        "useful ones: padding does not count. The last column compares them with the fastest matrix product "
+        "of the same precision that was found on this machine."
     )
 
 

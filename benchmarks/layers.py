@@ -11,13 +11,11 @@ import numpy as np
 
 from .common import (
     MODEL,
+    Report,
     alternate,
     arguments,
-    check,
-    claim,
     data_name,
     dense_model,
-    finish,
     mebibytes,
     open_collection,
     ratios,
@@ -125,7 +123,7 @@ def main() -> None:
     collection = open_collection("medquad", args.data)
     rows = training_rows(collection, max(args.steps, 2) * args.batch, args.negatives)
     teacher, student = multi_vector(), student_from("layers:3:even", dense_model())
-    table, claims, checks = [], [], []
+    report = Report(args, "Distillation of layers and multi-vector search", ["what", "how", "steps/s"])
     with scratch_folder("layers") as folder:
         say("layers: cached and live")
         scored = score_rows(teacher, rows, dtype=args.dtype, cache_dir=folder)
@@ -145,11 +143,11 @@ def main() -> None:
             frozen(name, 1)
         seconds = alternate({name: lambda name=name: frozen(name, args.steps) for name in (CACHED, LIVE)}, args.rounds)
         for name in (CACHED, LIVE):
-            table.append(["LEAD, teacher frozen", name, spread([args.steps / one for one in seconds[name]], "{:.2f}")])
-        claims.append(claim("LEAD with cached against live layers", ratios(seconds[CACHED], seconds[LIVE]), None))
+            report.row("LEAD, teacher frozen", name, spread([args.steps / one for one in seconds[name]], "{:.2f}"))
+        report.claim("LEAD with cached against live layers", ratios(seconds[CACHED], seconds[LIVE]))
         most = 1e-3 if args.dtype == "float32" else 0.1
         same = largest_difference(losses[CACHED], losses[LIVE]) <= most
-        checks.append(check(same, "losses of the steps are the same, cached and live"))
+        report.check(same, "losses of the steps are the same, cached and live")
 
         say("layers: joint step")
 
@@ -167,10 +165,10 @@ def main() -> None:
             run()
         seconds = alternate(sides, args.rounds)
         for name in (JOINT, PLAIN):
-            table.append(["joint training", name, spread([args.steps / one for one in seconds[name]], "{:.2f}")])
-        claims.append(claim("joint step against its plain passes", ratios(seconds[JOINT], seconds[PLAIN]), 1 / 1.1))
+            report.row("joint training", name, spread([args.steps / one for one in seconds[name]], "{:.2f}"))
+        report.claim("joint step against its plain passes", ratios(seconds[JOINT], seconds[PLAIN]), 1 / 1.1)
         held, whole = what_is_held(teacher, batch)
-        checks.append(
+        report.note(
             f"held and gathered for two pairs of layers: {mebibytes(held)}; the whole stacks: {mebibytes(whole)}"
         )
 
@@ -201,25 +199,16 @@ def main() -> None:
     seconds = alternate({OURS: ours, PEER: peer}, args.rounds)
     for name in (OURS, PEER):
         rate = [args.queries / one for one in seconds[name]]
-        table.append([f"exact MaxSim of {args.candidates} candidates", name, spread(rate, "{:.0f}") + " queries/s"])
-    claims.append(claim("exact MaxSim against sentence-transformers", ratios(seconds[OURS], seconds[PEER]), 1.0))
+        report.row(f"exact MaxSim of {args.candidates} candidates", name, spread(rate, "{:.0f}") + " queries/s")
+    report.claim("exact MaxSim against sentence-transformers", ratios(seconds[OURS], seconds[PEER]), 1.0)
     off = max(float(np.abs(a - b).max()) for a, b in zip(found[OURS], found[PEER]))
-    checks.append(check(off < 1e-4, f"scores of both differ by at most {off:.1e}"))
-    finish(
-        args,
-        {
-            "title": "Distillation of layers and multi-vector search",
-            "intro": f"Batches of {args.batch} × (query, relevant passage, {args.negatives} others) of "
-            f"{data_name(collection)} in {args.dtype}, no dropout; a multi-vector teacher of six layers, a dense "
-            "student of three, two pairs of layers. The plain passes are forward, backward, clipping and AdamW of "
-            "both models on a ready batch with their own contrastive losses. MaxSim is of ready token vectors, of "
-            "passages drawn at random.",
-            "columns": ["what", "how", "steps/s"],
-            "rows": table,
-            "claims": claims,
-            "checks": checks,
-            "threads": torch.get_num_threads(),
-        },
+    report.check(off < 1e-4, f"scores of both differ by at most {off:.1e}")
+    report.finish(
+        f"Batches of {args.batch} × (query, relevant passage, {args.negatives} others) of "
+        f"{data_name(collection)} in {args.dtype}, no dropout; a multi-vector teacher of six layers, a dense "
+        "student of three, two pairs of layers. The plain passes are forward, backward, clipping and AdamW of "
+        "both models on a ready batch with their own contrastive losses. MaxSim is of ready token vectors, of "
+        "passages drawn at random."
     )
 
 

@@ -10,13 +10,11 @@ from .common import (
     MAX_LENGTH,
     MODEL,
     PeakMemory,
+    Report,
     alternate,
     arguments,
-    check,
-    claim,
     data_name,
     dense_model,
-    finish,
     mebibytes,
     open_collection,
     ratios,
@@ -119,7 +117,7 @@ def main() -> None:
     from hf_distill.retrieval import score_rows
 
     collection = open_collection("medquad", args.data)
-    table, claims, checks = [], [], []
+    report = Report(args, "Lexical training", ["what", "how", "examples/s", "memory"])
     peaks: dict[str, int] = {}
     losses: dict[str, list[float]] = {}
     with scratch_folder("lexical") as folder:
@@ -144,13 +142,13 @@ def main() -> None:
             run(name, 2)
         difference = largest_difference(losses[OURS], losses[PEER])
         shown = ", ".join(f"{a:.5f} and {b:.5f}" for a, b in zip(losses[OURS], losses[PEER]))
-        checks.append(check(difference <= (1e-4 if args.dtype == "float32" else 0.05), f"losses of both: {shown}"))
+        report.check(difference <= (1e-4 if args.dtype == "float32" else 0.05), f"losses of both: {shown}")
         seconds = alternate({name: lambda name=name: run(name, args.steps) for name in (OURS, PEER)}, args.rounds)
         for name in (OURS, PEER):
             rate = [args.steps * args.batch / one for one in seconds[name]]
-            table.append(["SPLADE step", name, spread(rate, "{:.1f}"), mebibytes(peaks[name])])
-        claims.append(claim("SPLADE steps", ratios(seconds[OURS], seconds[PEER]), TARGETS["training"]))
-        claims.append(claim("memory of a SPLADE step", [peaks[PEER] / max(peaks[OURS], 1)], None))
+            report.row("SPLADE step", name, spread(rate, "{:.1f}"), mebibytes(peaks[name]))
+        report.claim("SPLADE steps", ratios(seconds[OURS], seconds[PEER]), TARGETS["training"])
+        report.claim("memory of a SPLADE step", [peaks[PEER] / max(peaks[OURS], 1)])
 
         say("LED steps")
         rows = training_rows(collection, max(args.steps, 2) * args.batch, args.negatives, seed=SEED)
@@ -166,25 +164,16 @@ def main() -> None:
             args.rounds,
         )
         shown = ", ".join(f"{a:.4f} and {b:.4f}" for a, b in zip(losses[CACHED], losses[LIVE]))
-        checks.append(check(largest_difference(losses[CACHED], losses[LIVE]) < 0.05, f"LED, cached and live: {shown}"))
+        report.check(largest_difference(losses[CACHED], losses[LIVE]) < 0.05, f"LED, cached and live: {shown}")
         for name in (CACHED, LIVE):
             rate = [args.steps * args.batch / one for one in seconds[name]]
-            table.append(["LED step", name, spread(rate, "{:.1f}"), "–"])
-        claims.append(claim("LED, cached against live", ratios(seconds[CACHED], seconds[LIVE]), TARGETS["led"]))
-    finish(
-        args,
-        {
-            "title": "Lexical training",
-            "intro": f"Batches of {args.batch} queries of {data_name(collection)}, at most {MAX_LENGTH} tokens, "
-            f"{args.dtype}. SPLADE steps: both sides' own trainers, one other passage a query, contrastive loss and "
-            f"FLOPS, no dropout; memory is the most taken above the start. LED: a dense student of the same size, "
-            f"{args.negatives} negatives, rank consistency with a lexical teacher.",
-            "columns": ["what", "how", "examples/s", "memory"],
-            "rows": table,
-            "claims": claims,
-            "checks": checks,
-            "threads": torch.get_num_threads(),
-        },
+            report.row("LED step", name, spread(rate, "{:.1f}"), "–")
+        report.claim("LED, cached against live", ratios(seconds[CACHED], seconds[LIVE]), TARGETS["led"])
+    report.finish(
+        f"Batches of {args.batch} queries of {data_name(collection)}, at most {MAX_LENGTH} tokens, "
+        f"{args.dtype}. SPLADE steps: both sides' own trainers, one other passage a query, contrastive loss and "
+        f"FLOPS, no dropout; memory is the most taken above the start. LED: a dense student of the same size, "
+        f"{args.negatives} negatives, rank consistency with a lexical teacher."
     )
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,13 +10,11 @@ from typing import Any
 import numpy as np
 
 from .common import (
-    ROOT,
     PeakMemory,
+    Report,
     arguments,
-    check,
-    claim,
     dense_model,
-    finish,
+    in_own_process,
     mebibytes,
     open_collection,
     peer_model,
@@ -27,6 +22,8 @@ from .common import (
     say,
     scratch_folder,
     spread,
+    tell,
+    write_vectors,
 )
 
 
@@ -68,7 +65,7 @@ def mine_ours(collection: Any, queries: np.ndarray, args: Any) -> dict[str, list
             dtype=args.dtype,
             cache_dir=args.cache,
         )
-    report(start, memory)
+    tell(seconds=time.perf_counter() - start, bytes=memory.bytes)
     texts = {}
     for row in range(len(rows)):
         positions = rows.documents_at(row)[rows.num_positives[row] :]
@@ -102,7 +99,7 @@ def mine_peer(collection: Any, queries: np.ndarray, args: Any) -> dict[str, list
             cache_folder=args.cache,
             verbose=False,
         )
-    report(start, memory)
+    tell(seconds=time.perf_counter() - start, bytes=memory.bytes)
     return {row["query"]: [text for text, label in zip(row["positive"], row["labels"]) if not label] for row in mined}
 
 
@@ -116,26 +113,15 @@ def search_index(args: Any) -> dict[str, list[str]]:
     start = time.perf_counter()
     with PeakMemory() as memory:
         Index.build(store).search(queries, DEPTH)
-    report(start, memory)
+    tell(seconds=time.perf_counter() - start, bytes=memory.bytes)
     return {}
-
-
-def report(start: float, memory: PeakMemory) -> None:
-    print(json.dumps({"seconds": time.perf_counter() - start, "bytes": memory.bytes}), flush=True)
 
 
 def measure(args: Any, side: str, cache: Path, **changed: Any) -> dict[str, Any]:
     """One run in a process of its own."""
     options = {"dtype": args.dtype, "passages": args.passages, "queries": args.queries, "batch": args.batch, **changed}
-    command = [sys.executable, "-m", "benchmarks.mining", "--side", side, "--cache", str(cache)]
-    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    command += ["--data", args.data] if args.data else []
     # The collection itself is parsed once and for all by whoever opens it first; everything else lies in `cache`.
-    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ})
-    if output.returncode:
-        raise SystemExit(output.stderr[-3000:])
-    line = next(line for line in output.stdout.splitlines() if line.startswith('{"seconds"'))
-    found = json.loads(line)
+    found = in_own_process("mining", side=side, cache=cache, data=args.data, **options)
     say(f"  {side} {changed or ''}: {found['seconds']:.2f} s, {mebibytes(found['bytes'])}")
     return found
 
@@ -159,34 +145,19 @@ def overlap(one: dict[str, list[str]], other: dict[str, list[str]]) -> float:
     return float(np.mean(shared)) if shared else 0.0
 
 
-def measure_index(args: Any, folder: Path) -> tuple[list[list[str]], dict[str, str]]:
+def measure_index(args: Any, folder: Path, report: Report) -> None:
     """Memory of exact search over stores of growing size."""
-    table, peaks = [], []
-    for size in map(int, args.vectors.split(",")):
-        generator = np.random.default_rng(0)
+    peaks = []
+    sizes = [int(size) for size in args.vectors.split(",")]
+    for size in sizes:
         path = folder / f"{size}.npy"
-        stored = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(size, WIDTH))
-        for start in range(0, size, 50_000):
-            stored[start : start + 50_000] = generator.standard_normal(
-                (min(50_000, size - start), WIDTH), dtype=np.float32
-            )
-        stored.flush()
-        del stored
+        write_vectors(path, size, WIDTH)
         found = measure(args, INDEX, folder, passages=size)
         path.unlink()
         peaks.append(found["bytes"])
-        table.append(
-            [f"exact search, 1,000 queries in {size:,} vectors", f"{found['seconds']:.2f}", mebibytes(peaks[-1])]
-        )
-    growth = peaks[-1] / max(peaks[-2], 1)
-    sizes = args.vectors.split(",")
-    return table, {
-        "what": f"peak memory of exact search with {int(sizes[-1]):,} vectors against {int(sizes[-2]):,}",
-        "ratio": f"{growth:.2f}×",
-        "rounds": "1",
-        "target": "≤ 1.10×",
-        "verdict": "met" if growth <= 1.1 else "**missed**",
-    }
+        report.row(f"exact search, 1,000 queries in {size:,} vectors", f"{found['seconds']:.2f}", mebibytes(peaks[-1]))
+    what = f"peak memory of exact search with {sizes[-1]:,} vectors against {sizes[-2]:,}"
+    report.claim_growth(what, peaks[-1] / max(peaks[-2], 1), 1.1)
 
 
 def main() -> None:
@@ -212,8 +183,7 @@ def main() -> None:
         Path(args.cache).mkdir(parents=True, exist_ok=True)
         (Path(args.cache) / "negatives.json").write_text(json.dumps(mined))
         return
-    import torch
-
+    report = Report(args, "Mining", ["what", "seconds", "peak memory"])
     collection, queries = task(args)
     size = len(collection.corpus)
     args.batch = args.batch or best_batch(args)
@@ -231,17 +201,11 @@ def main() -> None:
                 warm[side].append(measure(args, side, caches[side]))
         found = {side: json.loads((caches[side] / "negatives.json").read_text()) for side in (OURS, PEER)}
         shared = overlap(found[OURS], found[PEER])
-        index_table, index_claim = measure_index(args, folder)
-    table = []
-    for label, runs in (("nothing cached", cold), ("warm cache", warm)):
-        for side, results in runs.items():
-            table.append(
-                [
-                    f"{side}, {label}",
-                    spread([one["seconds"] for one in results], "{:.2f}"),
-                    mebibytes(max(one["bytes"] for one in results)),
-                ]
-            )
+        for label, runs in (("nothing cached", cold), ("warm cache", warm)):
+            for side, results in runs.items():
+                memory = mebibytes(max(one["bytes"] for one in results))
+                report.row(f"{side}, {label}", spread([one["seconds"] for one in results], "{:.2f}"), memory)
+        measure_index(args, folder, report)
 
     def seconds(runs: dict[str, list[dict]], side: str) -> list[float]:
         return [one["seconds"] for one in runs[side]]
@@ -249,33 +213,19 @@ def main() -> None:
     def best_peer(runs: dict[str, list[dict]]) -> str:
         return min((side for side in runs if side != OURS), key=lambda side: np.median(seconds(runs, side)))
 
-    claims = [claim("nothing cached, seconds", ratios(seconds(cold, OURS), seconds(cold, PEER)), 1.2)]
+    report.claim("nothing cached, seconds", ratios(seconds(cold, OURS), seconds(cold, PEER)), 1.2)
     best = best_peer(warm)
-    claims.append(
-        claim(f"warm cache, seconds, against {best}", ratios(seconds(warm, OURS), seconds(warm, best)), None)
-    )
+    report.claim(f"warm cache, seconds, against {best}", ratios(seconds(warm, OURS), seconds(warm, best)))
     memory = [b["bytes"] / a["bytes"] for a, b in zip(cold[OURS], cold[PEER])]
-    claims.append(claim("nothing cached, the peer's peak memory over ours", memory, None))
-    finish(
-        args,
-        {
-            "title": "Mining",
-            "intro": f"{NEGATIVES} negatives for each of {len(queries):,} queries from the best {DEPTH} of {size:,} "
-            f"passages of {collection.name}, encoded in {args.dtype}, at most 128 tokens; from an opened collection "
-            f"and model to negatives, each run in a process of its own. The peer encodes in batches of {args.batch}, "
-            "its best, and keeps embeddings in its `cache_folder`. Peak memory is the process's own, above the loaded "
-            "model; pages of mapped files do not count.",
-            "columns": ["what", "seconds", "peak memory"],
-            "rows": table + index_table,
-            "claims": [*claims, index_claim],
-            "checks": [
-                check(
-                    shared >= (0.98 if args.dtype == "float32" else 0.85),
-                    f"{shared:.1%} of the negatives are the same on both sides",
-                )
-            ],
-            "threads": torch.get_num_threads(),
-        },
+    report.claim("nothing cached, the peer's peak memory over ours", memory)
+    enough = 0.98 if args.dtype == "float32" else 0.85
+    report.check(shared >= enough, f"{shared:.1%} of the negatives are the same on both sides")
+    report.finish(
+        f"{NEGATIVES} negatives for each of {len(queries):,} queries from the best {DEPTH} of {size:,} "
+        f"passages of {collection.name}, encoded in {args.dtype}, at most 128 tokens; from an opened collection "
+        f"and model to negatives, each run in a process of its own. The peer encodes in batches of {args.batch}, "
+        "its best, and keeps embeddings in its `cache_folder`. Peak memory is the process's own, above the loaded "
+        "model; pages of mapped files do not count."
     )
 
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .common import ROOT, PeakMemory, arguments, check, claim, finish, mebibytes, ratios, say, scratch_folder, spread
+from .common import (
+    PeakMemory,
+    Report,
+    arguments,
+    in_own_process,
+    mebibytes,
+    ratios,
+    say,
+    scratch_folder,
+    spread,
+    tell,
+    write_vectors,
+)
 
 
 DEPTH, WIDTH = 200, 384
@@ -59,30 +67,14 @@ def one_side(args: Any) -> None:
         found = search(Path(args.path), args.queries)
     seconds = time.perf_counter() - start
     np.save(Path(args.path).with_suffix(f".{args.side}.npy"), found)
-    print(json.dumps({"seconds": seconds, "bytes": memory.bytes}), flush=True)
+    tell(seconds=seconds, bytes=memory.bytes)
 
 
 def measure(path: Path, side: str, queries: int) -> dict[str, Any]:
     """One run in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.neighbours", "--side", side, "--path", str(path)]
-    output = subprocess.run(
-        [*command, "--queries", str(queries)], cwd=ROOT, capture_output=True, text=True, env={**os.environ}
-    )
-    if output.returncode:
-        raise SystemExit(output.stderr[-3000:])
-    found = json.loads(next(line for line in output.stdout.splitlines() if line.startswith('{"seconds"')))
+    found = in_own_process("neighbours", side=side, path=path, queries=queries)
     say(f"  {SIDES[side]}: {found['seconds']:.2f} s, {mebibytes(found['bytes'])}")
     return found
-
-
-def write_vectors(path: Path, size: int) -> None:
-    """Random vectors in a file, block by block."""
-    generator = np.random.default_rng(0)
-    stored = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(size, WIDTH))
-    for start in range(0, size, 50_000):
-        stop = min(start + 50_000, size)
-        stored[start:stop] = generator.standard_normal((stop - start, WIDTH), dtype=np.float32)
-    stored.flush()
 
 
 def main() -> None:
@@ -97,42 +89,30 @@ def main() -> None:
     if args.side is not None:
         one_side(args)
         return
-    import torch
-
-    table, claims, checks, peaks = [], [], [], []
+    report = Report(args, "Neighbours of queries and of positives", ["what", "seconds", "peak memory"])
+    peaks: list[int] = []
     with scratch_folder("neighbours") as folder:
         for size in map(int, args.vectors.split(",")):
             path = folder / f"{size}.npy"
-            write_vectors(path, size)
+            write_vectors(path, size, WIDTH)
             say(f"{args.queries:,} queries and their positives in {size:,} vectors")
             runs: dict[str, list[dict]] = {side: [] for side in SIDES}
             for number in range(args.rounds):
                 for side in SIDES if number % 2 == 0 else reversed(SIDES):
                     runs[side].append(measure(path, side, args.queries))
             one, other = (np.load(path.with_suffix(f".{side}.npy")) for side in SIDES)
-            checks.append(check((one == other).mean() > 0.999, f"{size:,} vectors: the same neighbours on both sides"))
+            report.check((one == other).mean() > 0.999, f"{size:,} vectors: the same neighbours on both sides")
             seconds = {side: [one["seconds"] for one in found] for side, found in runs.items()}
             for side, found in runs.items():
                 memory = mebibytes(max(one["bytes"] for one in found))
-                table.append([f"{SIDES[side]}, {size:,} vectors", spread(seconds[side], "{:.2f}"), memory])
-            claims.append(claim(f"{size:,} vectors, seconds", ratios(seconds["ours"], seconds["faiss"]), None))
+                report.row(f"{SIDES[side]}, {size:,} vectors", spread(seconds[side], "{:.2f}"), memory)
+            report.claim(f"{size:,} vectors, seconds", ratios(seconds["ours"], seconds["faiss"]))
             peaks.append(max(one["bytes"] for one in runs["ours"]))
             path.unlink()
-    growth = peaks[-1] / max(peaks[0], 1)
-    grown = {"what": "our peak memory, most vectors against fewest", "ratio": f"{growth:.2f}×", "rounds": "1"}
-    claims.append({**grown, "target": "≤ 1.10×", "verdict": "met" if growth <= 1.1 else "**missed**"})
-    finish(
-        args,
-        {
-            "title": "Neighbours of queries and of positives",
-            "intro": f"The {DEPTH} nearest of each of {args.queries:,} queries and of its positive among random "
-            f"vectors of {WIDTH} dimensions in a file, float32, exact; each run in a process of its own.",
-            "columns": ["what", "seconds", "peak memory"],
-            "rows": table,
-            "claims": claims,
-            "checks": checks,
-            "threads": torch.get_num_threads(),
-        },
+    report.claim_growth("our peak memory, most vectors against fewest", peaks[-1] / max(peaks[0], 1), 1.1)
+    report.finish(
+        f"The {DEPTH} nearest of each of {args.queries:,} queries and of its positive among random "
+        f"vectors of {WIDTH} dimensions in a file, float32, exact; each run in a process of its own."
     )
 
 

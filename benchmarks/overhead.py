@@ -8,13 +8,11 @@ from typing import Any
 
 from .common import (
     DTYPES,
+    Report,
     alternate,
     arguments,
-    check,
-    claim,
     data_name,
     dense_model,
-    finish,
     open_collection,
     quartiles,
     ratios,
@@ -84,12 +82,11 @@ def main() -> None:
         dtypes=(",".join(DTYPES), "precisions"),
         batch=(BATCH, "queries of a batch"),
     )
-    import torch
 
     collection = open_collection("medquad", args.data)
     rows = training_rows(collection, args.steps * args.batch, negatives=1)
     model = dense_model(temperature=TEMPERATURE)
-    table, claims, checks = [], [], []
+    report = Report(args, "Overhead of the trainer", ["precision", "loop", "ms a step"])
     with scratch_folder("overhead") as folder:
         for dtype in args.dtypes.split(","):
             say(f"overhead, {dtype}")
@@ -113,33 +110,24 @@ def main() -> None:
                 run(name)
             seconds = alternate({name: lambda name=name: run(name) for name in names}, args.rounds)
             for name in names:
-                table.append([dtype, name, spread([1000 * one / args.steps for one in seconds[name]], "{:.0f}")])
+                report.row(dtype, name, spread([1000 * one / args.steps for one in seconds[name]], "{:.0f}"))
             for name in (LOOP, READY):
-                claims.append(claim(f"{dtype}, {name}", ratios(seconds[TRAINER], seconds[name]), TARGET, "{:.3f}×"))
+                report.claim(f"{dtype}, {name}", ratios(seconds[TRAINER], seconds[name]), TARGET, "{:.3f}×")
             added = [a - b for a, b in zip(seconds[TRAINER], seconds[LOOP])]
             low, middle, high = (1000 * one / args.steps for one in quartiles(added))
-            checks.append(
+            report.note(
                 f"{dtype}: a step takes {middle:.1f} ms more than in the loop (quartiles {low:.1f} – {high:.1f})"
             )
             difference = largest_difference(losses[TRAINER], losses[LOOP])
             shown = f"{losses[TRAINER][0]:.5f} and {losses[LOOP][0]:.5f}"
             # bfloat16 rounds a step's gradients differently wherever the order of operations differs.
             most = 1e-4 if dtype == "float32" else 0.03
-            checks.append(check(difference <= most, f"{dtype}: mean losses, the trainer's and the loop's: {shown}"))
-    finish(
-        args,
-        {
-            "title": "Overhead of the trainer",
-            "intro": f"Batches of {args.batch} × (query, relevant passage, one other passage) of "
-            f"{data_name(collection)}, at most 128 tokens, contrastive loss, AdamW, gradients clipped, no dropout. "
-            "The bare loop has torch's calls alone; in its second form the batches are looked up and tokenised "
-            "before the clock starts. 0.952× is 5 % more than the loop.",
-            "columns": ["precision", "loop", "ms a step"],
-            "rows": table,
-            "claims": claims,
-            "checks": checks,
-            "threads": torch.get_num_threads(),
-        },
+            report.check(difference <= most, f"{dtype}: mean losses, the trainer's and the loop's: {shown}")
+    report.finish(
+        f"Batches of {args.batch} × (query, relevant passage, one other passage) of "
+        f"{data_name(collection)}, at most 128 tokens, contrastive loss, AdamW, gradients clipped, no dropout. "
+        "The bare loop has torch's calls alone; in its second form the batches are looked up and tokenised "
+        "before the clock starts. 0.952× is 5 % more than the loop."
     )
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .common import DTYPES, arguments, finish, say
+from .common import DTYPES, arguments, say, write_result
 
 
 # Rows x inner x columns: the linear layers of a small encoder, and larger ones that suit every library.
@@ -78,7 +78,7 @@ def main() -> None:
         rate, where = matmul_peak(dtype, args.seconds)
         result[dtype] = {"gflops": rate, "kernel": where}
         say(f"{dtype}: {rate:.0f} GFLOP/s ({where})")
-    finish(args, result)
+    write_result(args.json, result)
 
 
 if __name__ == "__main__":

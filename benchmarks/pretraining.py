@@ -7,11 +7,10 @@ from typing import Any
 from .common import (
     MODEL,
     PeakMemory,
+    Report,
     alternate,
     arguments,
-    claim,
     data_name,
-    finish,
     mebibytes,
     open_collection,
     ratios,
@@ -53,7 +52,7 @@ def main() -> None:
     collection = open_collection("medquad", args.data)
     tokens: dict[str, float] = {}
     peaks: dict[str, int] = {}
-    table: list[list[str]] = []
+    report = Report(args, "Pre-training", ["objective", "tokens/s", "memory"])
 
     def run(name: str, folder: Any) -> float:
         torch.manual_seed(0)
@@ -88,29 +87,16 @@ def main() -> None:
         seconds = alternate({name: lambda name=name: run(name, folder) for name in (LEXMAE, PLAIN)}, args.rounds)
     for name in (LEXMAE, PLAIN):
         rates = [tokens[name] / value for value in seconds[name]]
-        table.append([name, spread(rates), mebibytes(peaks[name])])
+        report.row(name, spread(rates), mebibytes(peaks[name]))
     model = LexMAEForPreTraining.from_pretrained(MODEL, new_head="identity", passage_length=args.length)
     share = operations(model, args.length, 0.3, 0.5)
     expected = (share["encoder"] + share["decoder"]) / share["encoder"]
-    finish(
-        args,
-        {
-            "title": "Pre-training",
-            "intro": f"Both on batches of {args.batch} passages of {data_name(collection)}, at most {args.length} "
-            f"tokens, {args.dtype} autocast, tokenising and masking included; encoder: `{MODEL}` with a new head. "
-            f"By its multiplications a LexMAE step should take {expected:.2f} times as long as a plain one.",
-            "columns": ["objective", "tokens/s", "memory"],
-            "rows": table,
-            "claims": [
-                claim(
-                    "plain steps in the time of a LexMAE step, times the ratio of multiplications",
-                    [expected * value for value in ratios(seconds[LEXMAE], seconds[PLAIN])],
-                    1.0,
-                )
-            ],
-            "checks": [],
-            "threads": torch.get_num_threads(),
-        },
+    what = "plain steps in the time of a LexMAE step, times the ratio of multiplications"
+    report.claim(what, [expected * value for value in ratios(seconds[LEXMAE], seconds[PLAIN])], 1.0)
+    report.finish(
+        f"Both on batches of {args.batch} passages of {data_name(collection)}, at most {args.length} "
+        f"tokens, {args.dtype} autocast, tokenising and masking included; encoder: `{MODEL}` with a new head. "
+        f"By its multiplications a LexMAE step should take {expected:.2f} times as long as a plain one."
     )
 
 

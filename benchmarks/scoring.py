@@ -11,12 +11,10 @@ from .common import (
     DTYPES,
     MAX_LENGTH,
     MODEL,
+    Report,
     alternate,
     arguments,
-    check,
-    claim,
     data_name,
-    finish,
     open_collection,
     ratios,
     say,
@@ -68,7 +66,6 @@ def main() -> None:
         candidates=(32, "candidates of each"),
         rounds=(7, "rounds of the two sides in turn"),
     )
-    import torch
 
     from hf_distill.retrieval import score_rows
 
@@ -77,8 +74,8 @@ def main() -> None:
     query = np.repeat(rows.query, rows.lengths)
     document = np.concatenate([rows.documents_at(row) for row in range(len(rows))])
     pairs = list(zip(collection.queries.texts(query), collection.corpus.texts(document)))
-    results: list[list[str]] = []
-    claims, checks, reference = [], [], None
+    report = Report(args, "Scoring", ["precision", "what", "pairs/s"])
+    reference = None
     with scratch_folder("ranker") as folder:
         model = make_ranker(folder)
         lengths = np.array([len(ids) for ids in model.processor().pairs(*zip(*pairs))[0]])
@@ -106,26 +103,17 @@ def main() -> None:
                 gap = float(np.abs(values - reference).max())
                 allowed = 1e-4 if dtype == "float32" else 0.1
                 line = f"{dtype}: scores of {side} differ from their float32 ones by at most {gap:.1e}"
-                checks.append(check(side == "theirs" or gap <= allowed, line))
+                report.check(side == "theirs" or gap <= allowed, line)
             for side, label in (
                 ("ours", "hf_distill `score_rows`, stored in shards"),
                 ("peer", f"sentence-transformers `CrossEncoder.predict`, batch {batch}"),
             ):
-                results.append([dtype, label, spread([len(pairs) / one for one in seconds[side]])])
-            claims.append(claim(dtype, ratios(seconds["ours"], seconds["peer"]), TARGET))
-    finish(
-        args,
-        {
-            "title": "Scoring",
-            "intro": f"{len(pairs):,} pairs of {len(rows)} queries of {data_name(collection)}, {lengths.mean():.0f} "
-            f"tokens on average, at most {lengths.max()}, in random order; a cross-encoder of six layers, tokenising "
-            "included.",
-            "columns": ["precision", "what", "pairs/s"],
-            "rows": results,
-            "claims": claims,
-            "checks": checks,
-            "threads": torch.get_num_threads(),
-        },
+                report.row(dtype, label, spread([len(pairs) / one for one in seconds[side]]))
+            report.claim(dtype, ratios(seconds["ours"], seconds["peer"]), TARGET)
+    report.finish(
+        f"{len(pairs):,} pairs of {len(rows)} queries of {data_name(collection)}, {lengths.mean():.0f} "
+        f"tokens on average, at most {lengths.max()}, in random order; a cross-encoder of six layers, tokenising "
+        "included."
     )
 
 

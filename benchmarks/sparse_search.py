@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .common import PeakMemory, alternate, arguments, check, claim, finish, mebibytes, ratios, say, spread, timed
+from .common import PeakMemory, Report, alternate, arguments, mebibytes, ratios, say, spread, timed
 
 
 TERMS = 30_000
@@ -78,7 +78,7 @@ def main() -> None:
     from hf_distill.retrieval import InvertedIndex
 
     queries = learned_vectors(args.queries, QUERY_TERMS, seed=1)
-    table, claims, checks = [], [], []
+    report = Report(args, "Exact search of sparse vectors", ["passages", "engine", "queries/s"])
     seconds: dict[str, list[float]] = {}
     for passages in (args.passages, args.grown):
         say(f"sparse search, {passages:,} passages")
@@ -90,7 +90,7 @@ def main() -> None:
                 indexes[name] = InvertedIndex.build(documents, scale)
             building = time.perf_counter() - start
             indexes[name].search(queries[:4], 10)  # compiled, or read from the disk
-            checks.append(
+            report.note(
                 f"{passages:,} passages, {name}: built in {building:.1f} s, {mebibytes(indexes[name].num_bytes)}, "
                 f"{mebibytes(memory.bytes)} more at the most"
             )
@@ -105,32 +105,23 @@ def main() -> None:
             expected = by_scipy(documents, queries[:50], args.depth)[0]
             found = indexes[FLOATS].search(queries[:50], args.depth)[0]
             worst = float(np.abs(found / expected - 1).max())
-            checks.append(check(worst < 1e-5, f"scores of both sides differ by {worst:.1e} at the most"))
+            report.check(worst < 1e-5, f"scores of both sides differ by {worst:.1e} at the most")
         found_seconds = alternate(contestants, args.rounds)
         for name, one in found_seconds.items():
-            table.append([f"{passages:,}", name, spread([args.queries / value for value in one])])
+            report.row(f"{passages:,}", name, spread([args.queries / value for value in one]))
         if passages == args.passages:
             seconds = found_seconds
         else:
             growth = [b / a for a, b in zip(seconds[FLOATS], found_seconds[FLOATS])]
             size = args.grown / args.passages
-            checks.append(f"{size:.0f} times the passages take {spread(growth, '{:.1f}')} times the seconds")
+            report.note(f"{size:.0f} times the passages take {spread(growth, '{:.1f}')} times the seconds")
     for name in (SCIPY, TOPN):
         if name in seconds:
-            claims.append(claim(f"{FLOATS} against {name}", ratios(seconds[FLOATS], seconds[name]), TARGET))
-    finish(
-        args,
-        {
-            "title": "Exact search of sparse vectors",
-            "intro": f"{args.queries:,} queries of {QUERY_TERMS} terms, passages of {DOCUMENT_TERMS}, {TERMS:,} terms "
-            f"(half a Zipf background, half the terms of one of 300 topics); the best {args.depth:,} of each query, "
-            "exact on all sides.",
-            "columns": ["passages", "engine", "queries/s"],
-            "rows": table,
-            "claims": claims,
-            "checks": checks,
-            "threads": torch.get_num_threads(),
-        },
+            report.claim(f"{FLOATS} against {name}", ratios(seconds[FLOATS], seconds[name]), TARGET)
+    report.finish(
+        f"{args.queries:,} queries of {QUERY_TERMS} terms, passages of {DOCUMENT_TERMS}, {TERMS:,} terms "
+        f"(half a Zipf background, half the terms of one of 300 topics); the best {args.depth:,} of each query, "
+        "exact on all sides."
     )
 
 

@@ -9,12 +9,10 @@ from typing import Any
 
 from .common import (
     PeakMemory,
+    Report,
     alternate,
     arguments,
-    check,
-    claim,
     dense_model,
-    finish,
     mebibytes,
     memory_now,
     ratios,
@@ -140,11 +138,10 @@ def main() -> None:
         tokenised=(8_192, "rows of an epoch for the speed with tokenising"),
         rounds=(5, "rounds of the sides in turn"),
     )
-    import torch
 
     from hf_distill.data import RetrievalCollator, RowSet, StreamedRows
 
-    table, claims, checks = [], [], []
+    report = Report(args, "Streamed rows", ["rows", "what", "rows/s", "seconds to the first batch"])
     with scratch_folder("streaming") as folder:
         say(f"making {args.passages:,} passages and {args.rows:,} rows")
         queries, corpus = make_tables(args.passages, 20_000, folder)
@@ -169,8 +166,8 @@ def main() -> None:
             for side, rows in sides.items():
                 first = [first_batch_seconds(rows, collator) for _ in range(3)]
                 rate = [len(rows) / one for one in seconds[side]]
-                table.append([side, what, spread(rate, "{:,.0f}"), spread(first, "{:.2f}")])
-            claims.append(claim(f"streamed against held, {what}", ratios(seconds[STREAMED], seconds[HELD]), TARGET))
+                report.row(side, what, spread(rate, "{:,.0f}"), spread(first, "{:.2f}"))
+            report.claim(f"streamed against held, {what}", ratios(seconds[STREAMED], seconds[HELD]), TARGET)
             del sides
         say("memory")
         for name in ("timed", "large"):
@@ -181,22 +178,13 @@ def main() -> None:
                 f"an epoch of {len(rows):,} rows ({mebibytes(size)} of parquet) takes at most {mebibytes(taken)} more "
                 f"than before it; {mebibytes(resident)} resident with all libraries and mapped files; {spent:.0f} s"
             )
-            checks.append(check(taken < 600 * 2**20, line))
-    finish(
-        args,
-        {
-            "title": "Streamed rows",
-            "intro": f"Rows of {DOCUMENTS} documents with scores over {args.passages:,} passages of {WORDS} words; a "
-            f"batch is {BATCH} queries with {1 + NEGATIVES} passages each. Held rows have been looked up before; of "
-            "streamed ones the parquet files are read, checked, shuffled and their identifiers looked up in the "
-            "corpus while the batches are made, with a buffer of 10,000 rows. Both then look up the texts, and in the "
-            "second part tokenise them, as the trainer does.",
-            "columns": ["rows", "what", "rows/s", "seconds to the first batch"],
-            "rows": table,
-            "claims": claims,
-            "checks": checks,
-            "threads": torch.get_num_threads(),
-        },
+            report.check(taken < 600 * 2**20, line)
+    report.finish(
+        f"Rows of {DOCUMENTS} documents with scores over {args.passages:,} passages of {WORDS} words; a "
+        f"batch is {BATCH} queries with {1 + NEGATIVES} passages each. Held rows have been looked up before; of "
+        "streamed ones the parquet files are read, checked, shuffled and their identifiers looked up in the "
+        "corpus while the batches are made, with a buffer of 10,000 rows. Both then look up the texts, and in the "
+        "second part tokenise them, as the trainer does."
     )
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from .common import (
     DTYPES,
+    Report,
     alternate,
     arguments,
-    check,
-    claim,
     data_name,
     dense_model,
-    finish,
     open_collection,
     peer_model,
     ratios,
@@ -34,7 +32,6 @@ def main() -> None:
         dtypes=(",".join(DTYPES), "precisions"),
         batch=(BATCH, "queries of a batch"),
     )
-    import torch
 
     collection = open_collection("medquad", args.data)
     # Two steps, so that the first update is compared too.
@@ -42,7 +39,7 @@ def main() -> None:
     columns = peer_columns(rows)
     ours = dense_model(temperature=TEMPERATURE)
     peers = {PEER: peer_model(), PEER_EAGER: peer_model(attention="eager")}
-    table, claims, checks = [], [], []
+    report = Report(args, "Training steps", ["precision", "dropout", "trainer", "examples/s"])
     with scratch_folder("training") as folder:
         for dtype in args.dtypes.split(","):
             for dropout in DROPOUTS:
@@ -61,32 +58,23 @@ def main() -> None:
                 seconds = alternate({name: lambda name=name: run(name, args.steps)[0] for name in names}, args.rounds)
                 for name in names:
                     rate = [args.steps * args.batch / one for one in seconds[name]]
-                    table.append([dtype, str(dropout), name, spread(rate, "{:.1f}")])
+                    report.row(dtype, str(dropout), name, spread(rate, "{:.1f}"))
                 label = f"{dtype}, dropout {dropout}"
                 for name in peers:
                     note = "" if name == PEER else ", the peer set to eager attention by hand"
-                    claims.append(claim(label + note, ratios(seconds[OURS], seconds[name]), TARGET))
+                    report.claim(label + note, ratios(seconds[OURS], seconds[name]), TARGET)
                 if dropout == 0:
                     # bfloat16 rounds a step's gradients differently wherever the order of operations differs.
                     most = 1e-4 if dtype == "float32" else 0.03
                     difference = largest_difference(losses[OURS], losses[PEER])
                     shown = ", ".join(f"{a:.5f} and {b:.5f}" for a, b in zip(losses[OURS], losses[PEER]))
                     line = f"{label}: losses of the steps, ours and the peer's: {shown}"
-                    checks.append(check(difference <= most, line))
-    finish(
-        args,
-        {
-            "title": "Training steps",
-            "intro": f"Both sides' own trainers: batches of {args.batch} × (query, relevant passage, one other "
-            f"passage) of {data_name(collection)}, the same rows in the same order, at most 128 tokens, contrastive "
-            "loss over all passages of the batch, AdamW, gradients clipped; loading and tokenising included. Weights "
-            "are float32; bfloat16 means autocast. No text repeats, so nothing is saved by leaving copies out.",
-            "columns": ["precision", "dropout", "trainer", "examples/s"],
-            "rows": table,
-            "claims": claims,
-            "checks": checks,
-            "threads": torch.get_num_threads(),
-        },
+                    report.check(difference <= most, line)
+    report.finish(
+        f"Both sides' own trainers: batches of {args.batch} × (query, relevant passage, one other "
+        f"passage) of {data_name(collection)}, the same rows in the same order, at most 128 tokens, contrastive "
+        "loss over all passages of the batch, AdamW, gradients clipped; loading and tokenising included. Weights "
+        "are float32; bfloat16 means autocast. No text repeats, so nothing is saved by leaving copies out."
     )
 
 
