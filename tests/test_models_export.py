@@ -85,19 +85,22 @@ def exported(tmp_path_factory, tiny_tokenizer):
         "ranker": CrossEncoderRanker.from_pretrained(ranker),
         "ranker-prompt": CrossEncoderRanker.from_pretrained(ranker, query_prompt="find: ", max_length=20),
         "ranker-new-head": CrossEncoderRanker.from_pretrained(bert, max_length=30),
+        "ranker-linear-head": CrossEncoderRanker.from_pretrained(bert, head="linear"),
         "ranker-lora": CrossEncoderRanker.from_pretrained(ranker),
+        "ranker-linear-lora": CrossEncoderRanker.from_pretrained(bert, head="linear"),
         "ranker-qwen": CrossEncoderRanker.from_pretrained(sources / "qwen", max_length=40),
     }
     for family in ("roberta", "distilbert", "modernbert"):
         models[family] = dense(save_tiny(sources / family, family, right), **prompts)
         source = save_tiny(sources / f"{family}-ranker", family, right, head="SequenceClassification", num_labels=1)
         models[f"{family}-ranker"] = CrossEncoderRanker.from_pretrained(source)
+    models["roberta-linear-head"] = CrossEncoderRanker.from_pretrained(sources / "roberta", head="linear")
     models["t5"] = dense(save_tiny(sources / "t5", "t5", right), normalize=True)
     for name in ("towers", "towers-projection", "lora-towers"):
         with torch.no_grad():
             for parameter in models[name].passage_backbone.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
-    for name in ("lora", "lora-towers", "ranker-lora"):
+    for name in ("lora", "lora-towers", "ranker-lora", "ranker-linear-lora"):
         _adapt(models[name])
     expected, cases = {}, {"texts": TEXTS, "pairs": PAIRS, "folders": {}}
     for name, model in models.items():
@@ -137,7 +140,7 @@ CASES = [
     *("mean", "cls", "last", "projection", "projection-plain", "towers", "towers-projection", "layers", "masked-lm"),
     *("llama-left", "qwen-right", "lora", "lora-towers", "ranker", "ranker-prompt", "ranker-new-head", "ranker-lora"),
     *("ranker-qwen", "roberta", "roberta-ranker", "distilbert", "distilbert-ranker", "modernbert"),
-    *("modernbert-ranker", "t5"),
+    *("modernbert-ranker", "t5", "ranker-linear-head", "ranker-linear-lora", "roberta-linear-head"),
 ]
 
 

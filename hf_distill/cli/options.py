@@ -101,6 +101,9 @@ class ModelOptions:
     )
     query_terms: int | None = _option(None, "Of a lexical model: keep this many of a query's heaviest terms.")
     passage_terms: int | None = _option(None, "Of a lexical model: keep this many of a passage's heaviest terms.")
+    head: str | None = _option(
+        None, "Of a new cross-encoder: full, its architecture's head, or linear, one layer on the first token."
+    )
     new_head: str | None = _option(
         None, "Of a lexical model: how to start a masked-LM head that the checkpoint lacks, identity or random."
     )
@@ -280,7 +283,7 @@ class PoolsOfEpisodesOptions:
 
 
 @dataclass
-class EpisodeMiningOptions(PoolsOfEpisodesOptions):
+class EpisodeMiningOptions(PoolsOfEpisodesOptions, PushToOptions):
     """Which episode, with what, and where the pool goes."""
 
     _argument_group_name = "episode"

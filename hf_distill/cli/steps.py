@@ -221,12 +221,12 @@ def model_overrides(options: ModelOptions, ranker: bool = False) -> dict[str, An
         return given
     if "passage_length" in given:
         given["max_length"] = given.pop("passage_length")
-    foreign = sorted(set(given) - {"query_prompt", "max_length", "template"})
+    foreign = sorted(set(given) - {"query_prompt", "max_length", "template", "head"})
     if foreign:
         raise InputError(
             "a cross-encoder has no such setting",
             where=", ".join(f"--{name}" for name in foreign),
-            cure="It knows --passage_length (of the pair), --query_prompt and --template",
+            cure="It knows --passage_length (of the pair), --query_prompt, --template and --head",
         )
     return given
 

@@ -377,10 +377,10 @@ class RetrievalModel(PreTrainedModel):
             duplicate.load_state_dict(own)
             merged = duplicate.merge_and_unload()
             with quiet_transformers():
-                merged.save_pretrained(folder)
+                merged.save_pretrained(folder, state_dict=self._to_stored(merged.state_dict()))
         else:
             with quiet_transformers():
-                tower.save_pretrained(folder, state_dict=own)
+                tower.save_pretrained(folder, state_dict=self._to_stored(own))
         if self.tokenizer is not None:
             backend = getattr(self.tokenizer, "backend_tokenizer", None)
             if backend is not None:
@@ -403,7 +403,16 @@ class RetrievalModel(PreTrainedModel):
         ]
         if wrong:
             raise RuntimeError(f"weights differ in {sorted(wrong)[:3]}")
-        tower.load_state_dict({key: tensor for key, tensor in loaded.state_dict().items() if key in own})
+        stored = {key: tensor for key, tensor in loaded.state_dict().items() if key in own}
+        tower.load_state_dict(self._from_stored(stored))
+
+    def _to_stored(self, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """A backbone's weights as its folder holds them; the same, unless an archetype says otherwise."""
+        return state
+
+    def _from_stored(self, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """The way back from `_to_stored`."""
+        return state
 
 
 # ------------------------------------------------------------------------------------------------------- helpers
@@ -478,12 +487,13 @@ def _forward_names(model_class: type) -> frozenset[str]:
 
 
 def _unused(tower: nn.Module) -> list[str]:
-    """Submodules that the forward pass of a dense model does not use."""
+    """Submodules that the forward pass does not use."""
     return getattr(tower, "_hf_distill_unused", [])
 
 
 def freeze_unused(model: PreTrainedModel) -> None:
-    """Freezes the pooler, which dense models do not use: an unused trainable parameter would stall DDP."""
+    """Freezes what the forward pass does not use, as dense models a pooler: trainable, it would stall DDP."""
     if isinstance(getattr(model, "pooler", None), nn.Module):
-        model.pooler.requires_grad_(False)
         model._hf_distill_unused = ["pooler"]
+    for name in _unused(model):
+        model.get_submodule(name).requires_grad_(False)

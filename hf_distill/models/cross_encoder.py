@@ -14,12 +14,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from transformers.utils import ModelOutput
 
 from ..errors import InputError
-from . import layouts
+from . import layouts, linear_head
 from .base import RetrievalConfig, RetrievalModel, plain_model
 from .layer_scores import block_outputs
 from .loading import choose_length, load_backbone, load_tokenizer
 from .processing import TextProcessor
 from .source import ModelSource, find_model
+
+
+# What a person may set when opening a model.
+SETTINGS = ("query_prompt", "max_length", "template", "head")
 
 
 class CrossEncoderConfig(RetrievalConfig):
@@ -29,11 +33,14 @@ class CrossEncoderConfig(RetrievalConfig):
         query_prompt: Text put before every pair.
         max_length: Most tokens of a pair; the longer side is cut first.
         template: How a document's title and text become one passage.
+        head: `"full"` for the classifier's own, `"linear"` for one linear layer on the first token, as LEAD has it;
+            see [`hf_distill.models.linear_head`].
     """
 
     model_type = "hf_distill_cross_encoder"
 
     max_length: int = 512
+    head: str = linear_head.FULL
 
 
 @dataclass
@@ -72,6 +79,8 @@ class CrossEncoderRanker(RetrievalModel):
                 cure="Set num_labels=1",
             )
         self.backbone = backbone
+        if config.head == linear_head.LINEAR:
+            linear_head.make_linear(backbone, "head", new=False)
         config.hidden_size = plain_model(backbone).config.hidden_size
         config.backbone = plain_model(backbone).config.to_dict()
         self._types = _token_types(backbone, tokenizer)
@@ -95,17 +104,17 @@ class CrossEncoderRanker(RetrievalModel):
             revision: Branch, tag or commit on the Hub.
             dtype: The weights' precision; float32 unless said otherwise, whatever the checkpoint's is.
             attn_implementation: Fixes the attention; by default it is chosen by device and mode.
-            overrides: Fields of [`CrossEncoderConfig`] that replace what the checkpoint says.
+            overrides: Fields of [`CrossEncoderConfig`] that replace what the checkpoint says; `head` is for a new one.
 
         Raises:
             InputError: If the model cannot be found, read, or run as a ranker of one score.
         """
-        unknown = set(overrides) - {"query_prompt", "max_length", "template"}
+        unknown = set(overrides) - set(SETTINGS)
         if unknown:
             raise InputError(
                 f"unknown settings {sorted(unknown)}",
                 where="CrossEncoderRanker.from_pretrained",
-                cure="Known are query_prompt, max_length, template",
+                cure=f"Known are {', '.join(SETTINGS)}",
             )
         overrides = {key: value for key, value in overrides.items() if value is not None}
         source = find_model(pretrained_model_name_or_path, revision)
@@ -118,11 +127,13 @@ class CrossEncoderRanker(RetrievalModel):
         backbone = load_backbone(folder, name, dtype, head=True, attention=attn_implementation)
         tokenizer = load_tokenizer(folder, name, backbone, layout.query.lowercase)
         ranker = layout.kind == "cross-encoder"
+        head = _open_head(backbone, name, overrides.get("head"), trained=ranker)
         settings = {
             # The prompts of a dense model mean nothing to a ranker that starts from its encoder.
             "query_prompt": layout.default_prompt if ranker else "",
             **({"template": layout.extra["template"]} if layout.extra.get("template") else {}),
             **overrides,
+            "head": head,
             "max_length": choose_length(
                 overrides.get("max_length"), layout.query.max_length, tokenizer, backbone, name, "max_length"
             ),
@@ -145,7 +156,8 @@ class CrossEncoderRanker(RetrievalModel):
         )
 
     def settings(self) -> dict[str, Any]:
-        return {"head": type(plain_model(self.backbone)).__name__}
+        head = type(plain_model(self.backbone)).__name__
+        return {"head": head if self.config.head == linear_head.FULL else f"{head}, {self.config.head}"}
 
     def score_chunk(
         self,
@@ -176,13 +188,21 @@ class CrossEncoderRanker(RetrievalModel):
                 cure="Pass token_type_ids with every chunk, as TextProcessor.pairs returns them",
             )
         if not layers:
-            return self.backbone(**inputs).logits.squeeze(-1).float()
+            return self._score(inputs)
         with block_outputs(self.blocks, layers) as found:
-            scores = self.backbone(**inputs).logits.squeeze(-1).float()
+            scores = self._score(inputs)
         return scores, torch.stack([self._head(found[number], inputs) for number in layers], 1)
+
+    def _score(self, inputs: dict[str, Any]) -> torch.Tensor:
+        if self.config.head == linear_head.FULL:
+            return self.backbone(**inputs).logits.squeeze(-1).float()
+        classifier = plain_model(self.backbone)
+        return linear_head.linear_score(classifier, classifier.base_model(**inputs).last_hidden_state)
 
     def _head(self, hidden: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         """The scores `[t]` that the classifier's own head gives for a block's hidden states `[t, l, H]`."""
+        if self.config.head == linear_head.LINEAR:
+            return linear_head.linear_score(plain_model(self.backbone), hidden)
         # The head is whatever the architecture's forward does after its encoder: that forward is run with the encoder
         # replaced by the hidden states, which works for every family.
         with _replaced_encoder(plain_model(self.backbone), hidden):
@@ -234,6 +254,44 @@ class CrossEncoderRanker(RetrievalModel):
 
     def _restore(self, folder: Path) -> None:
         self._restore_tower("backbone", folder)
+
+    def _to_stored(self, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        linear = self.config.head == linear_head.LINEAR
+        return linear_head.to_stored(plain_model(self.backbone), state) if linear else state
+
+    def _from_stored(self, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        linear = self.config.head == linear_head.LINEAR
+        return linear_head.from_stored(plain_model(self.backbone), state) if linear else state
+
+
+def _open_head(backbone: PreTrainedModel, name: str, wanted: str | None, trained: bool) -> str:
+    """Which head a classifier that was just opened has, made ready for use.
+
+    Args:
+        backbone: The classifier.
+        name: What the user called the model, for messages.
+        wanted: The head that was asked for, or None.
+        trained: Whether the folder held a head.
+
+    Raises:
+        InputError: If it cannot be had.
+    """
+    if wanted not in (None, *linear_head.HEADS):
+        raise InputError(f"{wanted!r} is no head of a ranker", where="head", cure="Use full or linear")
+    if not trained:
+        if wanted == linear_head.LINEAR:
+            linear_head.make_linear(backbone, name, new=True)
+        return wanted or linear_head.FULL
+    found = linear_head.LINEAR if linear_head.has_linear_head(backbone) else linear_head.FULL
+    if wanted not in (None, found):
+        raise InputError(
+            f"the head should be {wanted}, but the model was trained with a {found} one",
+            where=name,
+            cure="Leave head out, or start from an encoder without a head",
+        )
+    if found == linear_head.LINEAR:
+        backbone.load_state_dict(linear_head.from_stored(backbone, backbone.state_dict()))
+    return found
 
 
 @contextmanager

@@ -132,8 +132,7 @@ def reduce_layers(model: RetrievalModel, positions: Sequence[int]) -> RetrievalM
             raise InputError("the model carries adapters", where="reduce_layers", cure="Merge them first")
         setattr(model, name, _reduced(tower, positions))
     for tower in model.towers.values():
-        if model.representation != "pair":
-            freeze_unused(tower)
+        freeze_unused(tower)
     model.config.backbone = model.backbone.config.to_dict()
     return model.train(model.training)
 
@@ -169,6 +168,8 @@ def _reduced(backbone: PreTrainedModel, positions: list[int]) -> PreTrainedModel
             where="layers",
             cure="Choose layers of one kind; the first layer of some families cannot be left out",
         )
+    if hasattr(backbone, "_hf_distill_unused"):
+        reduced._hf_distill_unused = backbone._hf_distill_unused
     if getattr(backbone, "pooler", None) is None and getattr(reduced, "pooler", None) is not None:
         reduced.pooler = None
     return reduced.to(backbone.device)
