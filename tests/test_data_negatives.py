@@ -263,6 +263,25 @@ def test_windows_are_those_of_the_released_code():
     assert seen == 5 * 42
 
 
+def test_draws_of_led_and_lexmae():
+    """A short pool is repeated, one of the right size is used whole, of a larger one a part is drawn."""
+    with np.load(Path(__file__).parent / "golden" / "led_sample_negatives.npz") as case:
+        corpus = Corpus.from_records([{"document_id": str(i), "text": f"passage {i}"} for i in range(120)])
+        for kind, wanted in (("short", int(case["want_short"])), ("eq", 3), ("big", int(case["want_big"]))):
+            pool, expected = case[f"pool_{kind}"], case[f"got_{kind}"].tolist()
+            rows = RowSet.from_arrays(QUERIES, corpus, [0], [[0, *pool]], [1])
+            drawn = [TrainingRows(rows, num_negatives=wanted, seed=42)[0, e].documents[1:].tolist() for e in range(30)]
+            if kind == "big":  # another generator draws other ones
+                assert all(len(set(one)) == len(expected) and set(one) <= set(pool.tolist()) for one in drawn)
+                assert set().union(*drawn) == set(pool.tolist())
+            else:
+                # Theirs begins the cycle at the pool's first passage, ours anywhere.
+                times = sorted(Counter(expected).values())
+                assert all(sorted(Counter(one).values()) == times and set(one) == set(expected) for one in drawn)
+                ordered = TrainingRows(rows, num_negatives=wanted, sampling="hardest")[0, 0].documents[1:]
+                assert ordered.tolist() == expected
+
+
 def test_a_window_returns_only_after_the_whole_pool():
     pool = np.arange(1, 41)
     rows = RowSet.from_arrays(QUERIES, CORPUS, [0], [[0, *pool]], [1])
@@ -270,3 +289,18 @@ def test_a_window_returns_only_after_the_whole_pool():
     drawn = [examples[0, epoch].documents[1:].tolist() for epoch in range(6)]
     assert sorted(sum(drawn[:5], [])) == pool.tolist()
     assert drawn[5] == drawn[0]
+
+
+def test_streams_are_keyed_counters_and_draw_no_entropy(monkeypatch):
+    from hf_distill.data.negatives import random_stream
+
+    def refuse(bits: int) -> int:
+        raise AssertionError("the system was asked for entropy")
+
+    monkeypatch.setattr(np.random.bit_generator, "randbits", refuse)
+    with pytest.raises(AssertionError, match="entropy"):
+        np.random.Philox(key=np.array([1, 2], np.uint64))
+    drawn = random_stream(-3, 2, 17, 1).integers(0, 2**63, 5)
+    monkeypatch.undo()
+    expected = np.random.Philox(key=np.array([2**64 - 3, 2], np.uint64), counter=np.array([0, 0, 17, 1], np.uint64))
+    assert drawn.tolist() == np.random.Generator(expected).integers(0, 2**63, 5).tolist()

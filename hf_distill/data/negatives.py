@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from hf_distill.data.lists import list_offsets
-from hf_distill.data.schema import SOURCES
+from hf_distill.data.schema import SOURCE_GROUPS, SOURCES
 from hf_distill.errors import InputError
 
 
@@ -52,14 +52,24 @@ class Example(NamedTuple):
     scores: dict[str, np.ndarray]
 
 
+class _Key(np.random.bit_generator.ISeedSequence):
+    """A key as NumPy takes it without asking the system for entropy, which `Philox(key=...)` does and throws away."""
+
+    def __init__(self, seed: int, epoch: int):
+        self._key = np.array([seed % 2**64, epoch], np.uint64)
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        return self._key
+
+
 def random_stream(seed: int, epoch: int, row: int, purpose: int = _ROW_STREAM) -> np.random.Generator:
     """An independent random generator for one row in one epoch.
 
     Philox is a keyed counter: the key is *(seed, epoch)* and the row stands in the high words of the counter, so two
     streams never overlap, and starting one costs some microseconds.
     """
-    key = np.array([seed % 2**64, epoch], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, row, purpose], np.uint64)))
+    counter = np.array([0, 0, row, purpose], np.uint64)
+    return np.random.Generator(np.random.Philox(_Key(seed, epoch), counter=counter))
 
 
 class TrainingRows(torch.utils.data.Dataset):
@@ -78,7 +88,8 @@ class TrainingRows(torch.utils.data.Dataset):
         seed: Of all draws.
         sources: Share of the draws of every source of negatives, for example `{"bm25": 1, "teacher": 3}`; a source
             that is not named is not drawn from. The shares do not depend on how many documents a source has in the
-            pool. With `"hardest"` it only says which sources take part.
+            pool. A name may also be that of a group of sources in `rows.metadata["source_groups"]`, which have their
+            share together. With `"hardest"` it only says which sources take part.
         score_columns: Columns of teacher scores to carry along with the documents.
         positives: All known positives of every query; without it, those of the row.
         first_row: Where these rows begin in a larger set that is not here: they are drawn as they would be there, and
@@ -128,27 +139,41 @@ class TrainingRows(torch.utils.data.Dataset):
         self.__dict__.update(state)
         self._query, self._num_positives = self.rows.query, self.rows.num_positives
 
-    def _read_sources(self, weights: Mapping[str, float]) -> dict[str, float]:
+    def _read_sources(self, weights: Mapping[str, float]) -> dict[tuple[str, ...], float]:
+        """The weights above 0, each of one source or of those of a group."""
         _check_column(self.rows, SOURCES)
         known = set().union(
             *(names.flatten().unique().to_pylist() for names in self.rows.table.column(SOURCES).chunks)
         )
+        groups = {name: tuple(of) for name, of in self.rows.metadata.get(SOURCE_GROUPS, {}).items()}
         for name, weight in weights.items():
-            if self._whole and name not in known:
-                cure = f"The row set has {', '.join(sorted(map(repr, known)))}"
+            if self._whole and name not in known and name not in groups:
+                cure = f"The row set has {', '.join(sorted(map(repr, {*known, *groups})))}"
                 raise InputError(f"no document has the source {name!r}", where="sources", cure=cure)
             if not 0 <= weight < float("inf"):
                 raise InputError(
                     f"{weight} is not a weight", where=f"sources, {name!r}", cure="Use a number from 0 up"
                 )
-        kept = {name: float(weight) for name, weight in weights.items() if weight > 0}
-        if self.sampling != "random" and len(set(kept.values())) > 1:
+        shares = [(groups.get(name, (name,)), float(weight)) for name, weight in weights.items() if weight > 0]
+        named = [source for group, _ in shares for source in group]
+        doubled = next((source for source in named if named.count(source) > 1), None)
+        if doubled is not None:
+            raise InputError(
+                f"the source {doubled!r} has two weights",
+                where="sources",
+                cure="Name it by itself, or one group that it is in",
+            )
+        if self.sampling != "random" and len({weight for _, weight in shares}) > 1:
             raise InputError(
                 "different weights have no meaning when the order of the pool decides",
                 where="sources",
                 cure="Use sampling 'random', or give every source that takes part the weight 1",
             )
-        return kept
+        return dict(shares)
+
+    @property
+    def _drawn_from(self) -> list[str]:
+        return [source for group in self._weights for source in group]
 
     def _pool_sizes(self) -> np.ndarray:
         """`int64[rows]`, from how many documents the negatives of a row can be drawn."""
@@ -167,7 +192,7 @@ class TrainingRows(torch.utils.data.Dataset):
         import pyarrow.compute as pc
 
         bounds = list_offsets(names).astype(np.int64)
-        hits = pc.is_in(names.flatten(), value_set=pa.array(list(self._weights), pa.string()))
+        hits = pc.is_in(names.flatten(), value_set=pa.array(self._drawn_from, pa.string()))
         before = np.concatenate([[0], np.cumsum(hits.to_numpy(zero_copy_only=False))])
         first = np.minimum(bounds[:-1] + num_positives[: len(names)], bounds[1:])
         return before[bounds[1:]] - before[first]
@@ -178,7 +203,7 @@ class TrainingRows(torch.utils.data.Dataset):
         if not len(empty):
             return
         query = self.rows.queries.ids_at([int(self._query[empty[0]])])[0]
-        among = "" if self._weights is None else f" from {', '.join(map(repr, self._weights))}"
+        among = "" if self._weights is None else f" from {', '.join(map(repr, self._drawn_from))}"
         raise InputError(
             f"{len(empty)} of {len(self)} rows have no candidates{among} to draw {self.num_negatives} negatives from,"
             f" for example query {query!r}",
@@ -250,13 +275,13 @@ class TrainingRows(torch.utils.data.Dataset):
         return start + (order[:count] if len(order) >= count else np.resize(order, count))
 
     def _document_weights(self, row: int, start: int) -> np.ndarray | None:
-        """Weight of every document of the pool: its source's share divided by the source's documents in the pool."""
+        """Weight of every document of the pool: its group's share divided by the group's documents in the pool."""
         if self._weights is None:
             return None
         names = self.rows.values_at(SOURCES, row)[start:]
         weights = np.zeros(len(names))
-        for name, weight in self._weights.items():
-            here = names == name
+        for group, weight in self._weights.items():
+            here = np.isin(names, group)
             weights[here] = weight / max(int(here.sum()), 1)
         return weights
 
