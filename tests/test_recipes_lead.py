@@ -45,3 +45,4 @@ def test_the_published_numbers(profile, kind, rate, steps, accumulation, teacher
     assert (hard["mine_depth"], hard["mine_window"], hard["mine_negatives"]) == (1000, "1,500", 100)
     if kind == "multi_vector":
         assert teacher["projection_dim"] == 0
+    assert teacher.get("head") == ("linear" if kind == "cross_encoder" else None)
