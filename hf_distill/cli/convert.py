@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..console import get_logger, print_table
 from ..provenance import note_source
-from .options import ConvertOptions
+from ..settings import option
 from .parsing import Verb, require
 
 
@@ -16,6 +17,36 @@ if TYPE_CHECKING:
     from ..data.formats.opening import Source
 
 logger = get_logger(__name__)
+
+
+@dataclass
+class ConvertOptions:
+    """What to convert, and into which folder."""
+
+    _argument_group_name = "conversion"
+
+    input: list[str] | None = option(
+        None,
+        "Files, folders or Hub ids. Where a file does not show what it is, say it: corpus=FILE, titles=FILE, "
+        "queries=FILE, qrels:dev=FILE, negatives:bm25=FILE, triples=FILE, run=FILE, scores=FILE.",
+    )
+    output_dir: str | None = option(None, "A new or empty folder.")
+    format: str = option("auto", "What inputs are that do not say so, tevatron or hard_negatives for example.")
+    revision: str | None = option(None, "Branch, tag or commit of inputs on the Hub.")
+    name: str | None = option(None, "The collection's name. Default: after the input.")
+    corpus_columns: str | None = option(
+        None, "The fields of a file of passages without a header: 'document_id,text,title'. Default: by their number."
+    )
+    unknown_ids: str = option(
+        "error", "Judgements and rows of unknown queries or documents: stop, or leave them out.",
+        choices=["error", "drop"],
+    )  # fmt: skip
+    allow_pickle: bool = option(
+        False, "Read pickles of scores or negatives. Nothing in them is run: all but numbers and strings is refused."
+    )
+    cache_dir: str | None = option(
+        None, "Where scores and lines that have to be ordered are kept. Default: beside the output, until it is done."
+    )
 
 
 def run(options: ConvertOptions) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..console import get_logger, is_main_process
 from ..errors import InputError
 from ..files import read_json, write_json
 from ..provenance import recording
-from .options import DemoOptions
+from ..settings import option
 from .parsing import Verb, parse
 
 
@@ -34,6 +35,19 @@ _RECIPE = {
     "eval_corpus_size": 2000,
     "eval_queries": 300,
 }
+
+
+@dataclass
+class DemoOptions:
+    """The size of the demonstration."""
+
+    _argument_group_name = "demonstration"
+
+    output_dir: str = option("outputs/demo", "Folder for the collection, the student and the figures.")
+    num_passages: int = option(8000, "Functions and classes whose documentation is collected.")
+    seed: int = option(13, "Of the collection and of training.")
+    teacher: str = option("sentence-transformers/all-MiniLM-L6-v2", "The teacher.")
+    student: str = option("layers:1,5,6", "The student: here layers 1, 5 and 6 of the six of the teacher.")
 
 
 def collection_folder(options: DemoOptions) -> Path:

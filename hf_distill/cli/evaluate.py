@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..console import is_main_process
 from ..errors import InputError
-from .options import CollectionOptions, EvaluateOptions, IndexOptions
+from ..settings import option
+from .options import CollectionOptions, IndexOptions
 from .parsing import Verb, require
+
+
+@dataclass
+class EvaluateOptions:
+    """What to measure."""
+
+    _argument_group_name = "evaluation"
+
+    model: list[str] | None = option(
+        None, "Hub ids or folders of bi-encoders and cross-encoders, bm25, or TREC runs (*.trec)."
+    )
+    names: list[str] | None = option(None, "Their names in the table. Default: made from the ids.")
+    split: str = option("test", "Judgements to use.")
+    measures: str = option("nDCG@10,RR@10,R@100", "nDCG, RR, AP and R at any cut-off.")
+    depth: int = option(100, "Passages retrieved for each query.")
+    rerank: str = option("bm25", "Whose passages a cross-encoder re-ranks: bm25, or a model id or folder.")
+    relevance: int = option(1, "Lowest grade that counts as relevant.")
+    output_dir: str | None = option(None, "Folder for metrics.json, runs, per-query figures and plots.")
 
 
 def system_names(models: list[str], names: list[str] | None) -> list[str]:

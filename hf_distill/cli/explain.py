@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import sys
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .options import CollectionOptions, EncodeOptions, ExplainOptions
+from ..settings import option
+from .options import CollectionOptions, EncodeOptions
 from .parsing import Verb, require
+
+
+@dataclass
+class ExplainOptions:
+    """What a lexical model sees in texts."""
+
+    _argument_group_name = "explanation"
+
+    model: str | None = option(None, "Hub id or folder of a lexical model.")
+    query: str | None = option(None, "The question.")
+    passage: str | None = option(None, "A passage. Default: the best of the collection (--data).")
+    top: int = option(15, "Terms to show of each.")
+    output_dir: str | None = option(None, "Folder for terms.png and terms.json.")
 
 
 def run(data_options: CollectionOptions, options: ExplainOptions, encode_options: EncodeOptions) -> None:

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..console import get_logger
 from ..errors import InputError
-from .options import CollectionOptions, EncodeOptions, ExportOptions
+from ..settings import option
+from .options import CollectionOptions, EncodeOptions
 from .parsing import Verb, require
 
 
 logger = get_logger(__name__)
+
+
+@dataclass
+class ExportOptions:
+    """An index for another engine."""
+
+    _argument_group_name = "export"
+
+    model: str | None = option(None, "Hub id or folder of a lexical model.")
+    format: str = option(
+        "anserini",
+        "anserini (JSON vectors and topics, also Pyserini) or ciff (PISA, JASS, ...).",
+        choices=["anserini", "ciff"],
+    )
+    scale: int = option(100, "What weights are multiplied by before they are rounded.")
+    output_dir: str | None = option(None, "Folder of the files.")
 
 
 def run(data_options: CollectionOptions, options: ExportOptions, encode_options: EncodeOptions) -> None:

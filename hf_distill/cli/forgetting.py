@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ..console import is_main_process, print_table
 from ..errors import InputError
+from ..settings import option
 from .episode import RANKS_COLUMN, RANKS_FILE
-from .options import CollectionOptions, ForgettingOptions, IndexOptions
+from .options import CollectionOptions, IndexOptions
 from .parsing import Verb, require
+
+
+@dataclass
+class ForgettingOptions:
+    """What to compare."""
+
+    _argument_group_name = "episodes"
+
+    rows: list[str] | None = option(None, "The pools of the episodes in order, as hf-distill episode wrote them.")
+    model: str | None = option(None, "The model that was trained on the last pool.")
+    twin: str | None = option(
+        None, "The same model from another seed: what differs between the two is the noise that forgetting has."
+    )
+    split: str = option("train", "Judgements of the pools' queries.")
+    depth: int = option(100, "Ranks below count as not found.")
+    output_dir: str | None = option(None, "Folder for metrics.json, ranks of each query, and plots.")
 
 
 def run(data_options: CollectionOptions, options: ForgettingOptions, encode_options: IndexOptions) -> None:

@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..console import get_logger
 from ..errors import InputError
-from .options import CollectionOptions, IndexOptions, MineOptions, PoolOptions
+from ..settings import option
+from .options import CollectionOptions, IndexOptions, PoolOptions, PushToOptions
 from .parsing import Verb, require
 
 
 logger = get_logger(__name__)
+
+
+@dataclass
+class MineOptions(PushToOptions):
+    """What to mine with, and where the rows go."""
+
+    _argument_group_name = "mining"
+
+    model: str | None = option(None, "Who finds the candidates: a Hub id or folder of a bi-encoder, or bm25.")
+    model_revision: str | None = option(None, "Its branch, tag or commit.")
+    run: str | None = option(None, "Take the candidates of this TREC run instead.")
+    train_split: str = option("train", "Judgements whose queries get rows.")
+    include_unlabelled: bool = option(False, "Also make rows for queries without a positive.")
+    filter_teacher: str | None = option(
+        None, "A model whose scores the margin refers to instead of the retriever's: false negatives are found by it."
+    )
+    name: str | None = option(None, "Name of the row set. Default: the model's.")
+    seed: int = option(42, "Of sampling.")
+    output_dir: str | None = option(
+        None, "Folder of the row set. Default: inside the collection, if that is a folder in this project's layout."
+    )
 
 
 def run(

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..console import get_logger
-from .options import CollectionOptions, PoolsOptions
+from ..settings import option
+from .options import CollectionOptions
 from .parsing import Verb, require
 
 
 logger = get_logger(__name__)
+
+
+@dataclass
+class PoolsOptions:
+    """Row sets whose negatives are put one after another."""
+
+    _argument_group_name = "row sets"
+
+    rows: list[str] | None = option(None, "Names or folders of row sets; queries and positives are the first one's.")
+    duplicates: bool = option(
+        True, "Keep a negative once for each source that has it, so that it is drawn that much more often."
+    )
+    name: str | None = option(None, "Name of the row set. Default: that of its folder.")
+    output_dir: str | None = option(None, "Folder of the row set.")
 
 
 def run(data_options: CollectionOptions, options: PoolsOptions) -> None:

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..console import is_main_process
 from ..errors import InputError
-from .options import CollectionOptions, PretrainOptions
+from ..settings import option
+from .options import CollectionOptions
 from .parsing import Verb, require
+
+
+@dataclass
+class PretrainOptions:
+    """What to pre-train, and on which texts."""
+
+    _argument_group_name = "pre-training"
+
+    model: str | None = option(None, "Hub id or folder of a masked language model.")
+    model_revision: str | None = option(None, "Its branch, tag or commit.")
+    fresh: bool = option(False, "Start all weights anew; only configuration and tokenizer are read.")
+    new_head: str | None = option(
+        None, "How to start a masked-LM head that the checkpoint lacks.", choices=["identity", "random"]
+    )
+    decoder_layers: int = option(2, "Layers of the decoder; 0 for plain masked language modelling.")
+    bottleneck: str = option(
+        "softmax", "What the decoder is given of a text.", choices=["softmax", "saturated", "cls"]
+    )
+    passage_length: int | None = option(None, "Longest text, in tokens. Default: 144, or what the model reads.")
+    template: str | None = option(None, "How title and text become one string. Default: '{title} {text}'.")
+    stream: str | None = option(
+        None, "Read texts in order, not a collection: a data set of the Hub, or files (*.jsonl, *.parquet, *.txt)."
+    )
+    stream_config: str | None = option(None, "The data set's configuration.")
+    stream_split: str = option("train", "The data set's split.")
+    stream_column: str = option("text", "The column of texts; a column title is read too.")
+    stream_buffer: int = option(10_000, "Streamed texts that are shuffled together.")
 
 
 def _arguments() -> tuple[type, ...]:

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .options import DataOptions, IndexOptions, ProgressiveOptions, RowOptions, StudentOptions
+from ..settings import option
+from .options import DataOptions, IndexOptions, RowOptions, StudentOptions
 from .parsing import Verb, parse_settings, require
 
 
 if TYPE_CHECKING:
     from ..models.base import RetrievalModel
     from ..trainers import Phase
+
+
+@dataclass
+class ProgressiveOptions:
+    """The student, and the phases of its training."""
+
+    _argument_group_name = "student and phases"
+
+    student: str | None = option(None, "A Hub id or folder.")
+    student_revision: str | None = option(None, "Its branch, tag or commit.")
+    phases: str | None = option(
+        None,
+        "The phases in their order, a list in YAML or JSON: each has a name, a teacher, and whatever it sets "
+        "otherwise than the run, any field of distill: rows, mine_with, losses, max_steps, learning_rate ...",
+    )
 
 
 def _arguments() -> tuple[type, ...]:

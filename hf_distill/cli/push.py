@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
-from .options import PushOptions
+from ..settings import option
 from .parsing import Verb, leading_words, require
+
+
+@dataclass
+class PushOptions:
+    """What to push, and where."""
+
+    _argument_group_name = "push"
+
+    folder: str | None = option(None, "What to push (may stand first, without the flag).")
+    repo_id: str | None = option(None, "The repository: you/name.")
+    repo_type: str | None = option(
+        None,
+        "Push all files as they are into such a repository. Default: what the folder holds decides.",
+        choices=["model", "dataset", "space"],
+    )
+    private: bool | None = option(None, "Whether a new repository is private. Default: as the account is set up.")
+    revision: str | None = option(None, "The branch; it is made if there is none. Default: main.")
+    message: str | None = option(None, "Of the commit.")
+    overwrite: bool = option(False, "Replace the files of another run in the repository.")
+    data: str | None = option(
+        None, "For rows: the collection that they belong to. Default: what their manifest names, or the folder around."
+    )
+    data_revision: str | None = option(None, "Its branch, tag or commit on the Hub.")
+    name: str | None = option(None, "For rows: the name of the full row set. Default: the source of its negatives.")
+    num_negatives: int | None = option(
+        None, "For rows: negatives of each row in the config 'train'. Default: what nine tenths of the rows have."
+    )
+    template: str | None = option(
+        None, "For rows: how title and text of a passage become one string. Default: as the retriever read them."
+    )
+    cache_dir: str | None = option(
+        None, "Where prepared data is kept. Default: $HF_DISTILL_CACHE or ~/.cache/hf_distill."
+    )
 
 
 def run(options: PushOptions) -> None:

@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from .options import RecipeOptions
+from ..settings import option
 from .parsing import Verb, require
 
 
 _SHORT = {"--from": "--from_stage", "--until": "--until_stage"}
+
+
+@dataclass
+class RecipeOptions:
+    """Which recipe, and how much of it."""
+
+    _argument_group_name = "recipe"
+
+    recipe: str | None = option(
+        None, "A YAML file, or the name of a recipe that comes with the package. May stand first, without the flag."
+    )
+    profile: str | None = option(None, "One of the recipe's profiles, small say.")
+    set: list[str] | None = option(
+        None, "Overrides: variable=value or stage.field=value, the value as YAML; the flag may be repeated."
+    )
+    from_stage: str | None = option(None, "Begin with this stage; those before it must be done. Short: --from.")
+    until_stage: str | None = option(None, "End with this stage. Short: --until.")
+    dry_run: bool = option(False, "Check everything, print the plan with its estimate, and stop.")
+    output_dir: str | None = option(None, "Folder of the run. Default: outputs/NAME-PROFILE.")
+    push_to: str | None = option(
+        None, "Push every finished stage to this Hub repository, a branch each; what is no model to a dataset."
+    )
+    pull_from: str | None = option(None, "Take finished stages from this Hub repository instead of doing them.")
 
 
 def _words(argv: Sequence[str]) -> list[str]:

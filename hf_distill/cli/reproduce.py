@@ -10,13 +10,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..console import get_logger, print_table
 from ..errors import InputError
-from ..settings import NOT_OF_THE_RUN
-from .options import ReproduceOptions
+from ..settings import NOT_OF_THE_RUN, option
 from .parsing import Verb, leading_words, parse, require
 
 
@@ -39,6 +39,24 @@ _NEVER_RUN = ("push", "reproduce")
 _LAUNCH = re.compile(r"--launch \w+(:\d+)?")
 # Figures of the machine, not of the result.
 _TIMES = ("seconds", "passages_per_second")
+
+
+@dataclass
+class ReproduceOptions:
+    """Which run, and what to do about it."""
+
+    _argument_group_name = "reproduction"
+
+    target: str | None = option(
+        None, "An output folder, its run_manifest.json, or a Hub repository, also repo@revision (may stand first)."
+    )
+    run: bool = option(False, "Run the command in a fresh folder and compare the results; else it is only printed.")
+    output_dir: str | None = option(None, "That folder. Default: outputs/NAME-again, after the original's name.")
+    replace: list[str] | None = option(
+        None, "Where folders are now that have moved, as recorded=present, for example my_data=/data/my_data."
+    )
+    force: bool = option(False, "Go on although data or weights differ.")
+    reuse_cache: bool = option(False, "Take cached embeddings and scores, instead of making them anew.")
 
 
 def run(options: ReproduceOptions) -> None:
@@ -180,8 +198,8 @@ def _words(manifest: Mapping[str, Any], moved: Mapping[str, str], output_dir: Pa
     }
     allowed = _field_names(manifest["arguments"][0])
     revisions = {source["name"]: source["revision"] for source in manifest.get("sources", ()) if source["revision"]}
-    for option, revision_option in _REVISIONS.items():
-        named = (options.get(option) or [None])[0]
+    for name, revision_option in _REVISIONS.items():
+        named = (options.get(name) or [None])[0]
         if named in revisions and named not in moved and revision_option in allowed:
             kept[revision_option] = [revisions[named]]
     return {**kept, "output_dir": [str(output_dir)]}
@@ -190,7 +208,7 @@ def _words(manifest: Mapping[str, Any], moved: Mapping[str, str], output_dir: Pa
 def _field_names(verb: str) -> set[str]:
     from dataclasses import fields
 
-    return {field.name for option in _verb(verb).options for field in fields(option)}
+    return {field.name for cls in _verb(verb).options for field in fields(cls)}
 
 
 def _verb(name: str) -> Verb:

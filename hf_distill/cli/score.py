@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..console import duration, get_logger
 from ..errors import InputError
-from .options import CollectionOptions, EncodeOptions, ScoreOptions
+from ..settings import option
+from .options import CollectionOptions, EncodeOptions, PushToOptions
 from .parsing import Verb, require
 
 
@@ -16,6 +18,31 @@ if TYPE_CHECKING:
     from ..models.base import RetrievalModel
 
 logger = get_logger(__name__)
+
+
+@dataclass
+class ScoreOptions(PushToOptions):
+    """Whose scores, and of which rows."""
+
+    _argument_group_name = "scoring"
+
+    model: str | None = option(None, "The teacher: a Hub id or folder of a bi-encoder or cross-encoder.")
+    model_revision: str | None = option(None, "Its branch, tag or commit.")
+    run: str | None = option(None, "Take the scores from this TREC run instead.")
+    rows: str | None = option(None, "The row set: a name in the collection, or a folder.")
+    column: str = option("scores", "Column to write: scores (the primary teacher's) or scores_NAME.")
+    layers: str | None = option(
+        None,
+        "Also write the scores of these layers, all or numbers from 1 such as 2,4,6, as the column layer_scores_NAME "
+        "(layer_scores_teacher of the primary teacher).",
+    )
+    max_queries: int | None = option(None, "Score the rows of so many queries, a seeded sample. Default: all.")
+    seed: int = option(42, "Of the sample.")
+    length: int | None = option(
+        None, "Longest pair (of a bi-encoder: passage) that the teacher reads. Default: as it was trained."
+    )
+    plan_only: bool = option(False, "Say how many pairs there are and how long they take, and stop.")
+    output_dir: str | None = option(None, "Folder for the scored rows. Default: the row set's own.")
 
 
 def run(data_options: CollectionOptions, options: ScoreOptions, encode_options: EncodeOptions) -> None:

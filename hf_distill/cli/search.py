@@ -5,10 +5,24 @@ from __future__ import annotations
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from ..errors import InputError
-from .options import CollectionOptions, IndexOptions, SearchOptions
+from ..settings import option
+from .options import CollectionOptions, IndexOptions
 from .parsing import Verb, require
+
+
+@dataclass
+class SearchOptions:
+    """What to look for."""
+
+    _argument_group_name = "search"
+
+    model: str | None = option(None, "Hub id or folder of a bi-encoder, or bm25.")
+    query: str | None = option(None, "The question. Without it, questions are read line by line.")
+    top: int = option(5, "Passages to show, 1 or more.")
+    width: int = option(300, "Characters of each passage to show.")
 
 
 def _questions(options: SearchOptions) -> Iterator[str]:

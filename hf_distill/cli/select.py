@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..console import get_logger
 from ..errors import InputError
-from .options import CollectionOptions, SelectOptions
+from ..settings import option
+from .options import CollectionOptions
 from .parsing import Verb, require
 
 
 logger = get_logger(__name__)
+
+
+@dataclass
+class SelectOptions:
+    """Which queries are kept."""
+
+    _argument_group_name = "selection"
+
+    rows: str | None = option(
+        None, "The student's results with a teacher's scores: a row set's name in the collection, or a folder."
+    )
+    rule: str = option(
+        "2 <= student <= 15 and teacher == 1",
+        "Condition on the ranks of the first positive in the order of student and teacher (`scores_NAME`: NAME).",
+    )
+    teacher_column: str | None = option(
+        None, "The only column of scores the rule speaks of, as teacher. Default: scores is teacher, scores_NAME NAME."
+    )
+    keep_negatives: int = option(100, "Negatives kept for each query, the student's best first; 0 means all.")
+    answers: str | None = option(
+        None, 'JSON lines {"query_id", "answers"}: passages that hold an answer count as positives in the ranks.'
+    )
+    fewest: int = option(1, "Fewer queries than this are an error.")
+    output_dir: str | None = option(None, "Folder for the selected rows.")
 
 
 def run(data_options: CollectionOptions, options: SelectOptions) -> None:
