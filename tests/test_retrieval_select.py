@@ -156,7 +156,9 @@ def test_almost_none_is_said(caplog):
     )
     assert len(select_rows(rows, PROD_RULE)) == 1
     assert "1 of 300 queries satisfy" in caplog.text and "rank 1: 299" in caplog.text
-    with pytest.raises(InputError, match="by student rank 1: 299, ranks 2 to 15: 1; by teacher rank 1: 300"):
+    with pytest.raises(InputError, match="by student rank 1: 299, rank 2: 1; by teacher rank 1: 300"):
         select_rows(rows, PROD_RULE, fewest=2)
+    with pytest.raises(InputError, match="0 of 300 queries satisfy 'student == 3'.*rank 2: 1; by teacher rank 1: 300"):
+        select_rows(rows, "student == 3")
     with pytest.raises(InputError, match="no column 'scores_big'"):
         select_rows(rows, "big == 1", columns={"big": "scores_big"})

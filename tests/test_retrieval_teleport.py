@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,12 @@ import pytest
 
 from hf_distill.data import Corpus, Queries, RowSet, load_collection
 from hf_distill.data.collection import Collection
+from hf_distill.data.negatives import TrainingRows
 from hf_distill.data.qrels import Qrels
 from hf_distill.data.run import Run
 from hf_distill.errors import InputError
-from hf_distill.models import load_model
-from hf_distill.retrieval import teleport
+from hf_distill.models import LexicalRetriever, MultiVectorRetriever, load_model
+from hf_distill.retrieval import search, teleport
 from hf_distill.retrieval.encode import encode_texts
 from hf_distill.retrieval.searching import cosine_of_raw_vectors
 from hf_distill.retrieval.teleport import EpisodeOptions, first_positives, mine_episode, without
@@ -84,6 +87,92 @@ def test_momentum_keeps_the_whole_pool_before(model, collection, tmp_path):
     assert (
         mine_episode("bm25", collection, "train", 2, previous=first.rows, options=other, cache_dir=tmp_path)
     ).rows.fingerprint != second.rows.fingerprint
+
+
+def test_weights_of_sources(model, collection, tmp_path):
+    """Query's neighbours, lookahead and momentum have their shares of the draws, however many there are of each."""
+    options = EpisodeOptions(depth=30, query_negatives=12, positive_negatives=6)
+    assert options.groups == ["query", "lookahead", "momentum"]
+    pools = [mine_episode(model, collection, "train", 1, options=options, cache_dir=tmp_path).rows]
+    for number in (2, 3):
+        mined = mine_episode("bm25", collection, "train", number, previous=pools[-1], options=options,
+                             cache_dir=tmp_path)  # fmt: skip
+        pools.append(mined.rows)
+    first, _, third = pools
+    assert third.metadata["source_groups"] == {
+        "query": ["query@3"],
+        "lookahead": ["positive@3"],
+        "momentum": ["positive@1", "positive@2", "query@1", "query@2"],
+    }
+    third.save(tmp_path / "third")
+    third = RowSet.load(tmp_path / "third", collection.queries, collection.corpus)
+    weights = {"query": 1, "lookahead": 1, "momentum": 2}
+    drawn = Counter()
+    training = TrainingRows(third, num_negatives=1, seed=3, sources=weights)
+    for row in range(len(third)):
+        names, documents = third.values_at("sources", row), third.documents_at(row).tolist()
+        for epoch in range(100):
+            negative = int(training[row, epoch].documents[1])
+            # A passage of several sources counts for each in part.
+            found = [name for name, one in zip(names, documents) if one == negative]
+            drawn.update({name: 1 / len(found) for name in found})
+    assert "positive" not in drawn
+    expected = Counter()
+    for row in range(len(third)):
+        names, documents = third.values_at("sources", row), third.documents_at(row)
+        for group, members in third.metadata["source_groups"].items():
+            here = documents[np.isin(names, members)]
+            for one in here.tolist():
+                found = [name for name, document in zip(names, documents.tolist()) if document == one]
+                share = 100 * weights[group] / 4 / len(here)
+                expected.update({name: share / len(found) for name in found})
+    for name, count in expected.items():
+        assert drawn[name] == pytest.approx(count, rel=0.1), name
+    # No pool is before the first: its own sources share the draws.
+    assert first.metadata["source_groups"]["momentum"] == []
+    assert TrainingRows(first, num_negatives=2, sources=weights)[0, 0].documents.shape == (3,)
+    with pytest.raises(InputError, match="no document has the source 'querry'.*'lookahead', 'momentum'"):
+        TrainingRows(third, num_negatives=1, sources={"querry": 1})
+    with pytest.raises(InputError, match="the source 'query@3' has two weights"):
+        TrainingRows(third, num_negatives=1, sources={"query": 1, "query@3": 1})
+    alone = EpisodeOptions(depth=30, query_negatives=5, positive_negatives=0, momentum=False)
+    rows = mine_episode("bm25", collection, "train", 2, options=alone, cache_dir=tmp_path).rows
+    with pytest.raises(InputError, match="no document has the source 'lookahead'"):
+        TrainingRows(rows, num_negatives=1, sources={"query": 1, "lookahead": 1})
+
+
+@pytest.mark.parametrize("kind", ["sparse", "tokens"])
+def test_other_retrievers_mine_as_well(kind, tiny_bert, collection, tmp_path):
+    """Lexical and multi-vector models find a positive's neighbours with its text as the query."""
+    miner = {"sparse": LexicalRetriever, "tokens": MultiVectorRetriever}[kind].from_pretrained(
+        tiny_bert, **({"new_head": "random"} if kind == "sparse" else {})
+    )
+    options = EpisodeOptions(depth=10, query_negatives=4, positive_negatives=3)
+    rows = mine_episode(miner, collection, "train", 1, options=options, dtype="float32", cache_dir=tmp_path).rows
+    assert {name for row in range(len(rows)) for name in rows.values_at("sources", row)} == {
+        "positive", "query@1", "positive@1"
+    }  # fmt: skip
+    anchors = first_positives(collection.split("train"), rows.query)
+    stand_in = Queries.from_records([{"query_id": "0", "text": collection.corpus.texts(anchors[:1])[0]}])
+    near = search(miner, Collection("one", stand_in, collection.corpus, {}), None, 10, dtype="float32")
+    assert negatives(rows, "positive@1")[int(rows.query[0])] <= set(near.documents[0].tolist())
+
+
+def test_an_index_that_lacks_passages_is_refused(model, collection, tmp_path):
+    """A file of the cache that holds another index than its name says."""
+    faiss = pytest.importorskip("faiss")
+    mining = {"options": EpisodeOptions(depth=10), "factory": "HNSW8,Flat", "cache_dir": tmp_path}
+    mine_episode(model, collection, "train", 1, **mining)
+    (file,) = tmp_path.rglob("*.faiss")
+    index = faiss.read_index(str(file))
+    smaller = faiss.index_factory(index.d, "HNSW8,Flat", faiss.METRIC_INNER_PRODUCT)
+    smaller.add(np.zeros((len(collection.corpus) - 1, index.d), np.float32))
+    file.unlink()
+    faiss.write_index(smaller, str(file))
+    for job in tmp_path.glob("search*"):
+        shutil.rmtree(job)
+    with pytest.raises(InputError, match=f"holds {len(collection.corpus) - 1} of {len(collection.corpus)} vectors"):
+        mine_episode(model, collection, "train", 1, **mining)
 
 
 def test_draws_fit_the_released_code(tmp_path):

@@ -39,6 +39,9 @@ RETRIEVER_SCORES = "retriever_scores"
 SCORES_PREFIX = "scores_"
 LAYER_SCORES_PREFIX = "layer_scores_"
 
+# In a row set's metadata: names for several sources together, `{name: [source, ...]}`.
+SOURCE_GROUPS = "source_groups"
+
 # In memory, where positions stand for the identifiers.
 QUERY = "query"
 DOCUMENTS = "documents"

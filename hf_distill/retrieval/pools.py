@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from ..data.lists import list_offsets
 from ..data.rows import RowSet
-from ..data.schema import DOCUMENTS, SOURCES, per_document_type
+from ..data.schema import DOCUMENTS, SOURCE_GROUPS, SOURCES, per_document_type
 from ..errors import InputError
 
 
@@ -73,7 +73,9 @@ def concatenate_pools(
         "pools": [pool.fingerprint for pool in pools],
         "duplicates": duplicates,
     }
-    metadata = {**first.metadata, "made_by": "pools", "duplicates": duplicates}
+    # What the first one says of its own making stands in `pools`, as that of the others.
+    common = {name: value for name, value in first.metadata.items() if name not in ("mining", SOURCE_GROUPS)}
+    metadata = {**common, "made_by": "pools", "duplicates": duplicates}
     metadata["pools"] = [pool.metadata for pool in pools]
     return RowSet.from_batches(first.queries, first.corpus, batches(), key, metadata=metadata, cache_dir=cache_dir)
 

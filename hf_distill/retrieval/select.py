@@ -26,6 +26,8 @@ logger = get_logger(__name__)
 # PROD on MS MARCO; with answers as the positives, its rule on NQ is `teacher < student and teacher <= 15`.
 PROD_RULE = "2 <= student <= 15 and teacher == 1"
 _ALMOST_NONE = 0.01
+# Counted one by one in the report; PROD's rule ends at 15.
+_SINGLE_RANKS = 15
 _COMPARE = {
     ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -253,7 +255,8 @@ def _answer_hits(rows: RowSet, table: pa.Table, answers: Mapping[str, Sequence[s
 
 def _report(ranks: Mapping[str, np.ndarray], selected: np.ndarray) -> dict[str, Any]:
     """How many queries there are at which rank, for people and for the metadata."""
-    bands = {"rank 1": (1, 1), "ranks 2 to 15": (2, 15), "ranks 16 to 100": (16, 100), "rank 101 or more": (101, 1e9)}
+    bands = {f"rank {rank}": (rank, rank) for rank in range(1, _SINGLE_RANKS + 1)}
+    bands |= {f"ranks {_SINGLE_RANKS + 1} to 100": (_SINGLE_RANKS + 1, 100), "rank 101 or more": (101, 1e9)}
 
     def counts(values: np.ndarray) -> dict[str, int]:
         table = {name: int(((values >= low) & (values <= high)).sum()) for name, (low, high) in bands.items()}

@@ -20,6 +20,7 @@ from ..data.answers import AnswerMatcher
 from ..data.qrels import Qrels
 from ..data.rows import RowSet
 from ..data.run import Run
+from ..data.schema import SOURCE_GROUPS, SOURCES
 from ..data.tables import Queries
 from ..errors import InputError
 from .encode import as_inference_model, encode_table, model_identity
@@ -39,6 +40,8 @@ logger = get_logger(__name__)
 TELEPORT_VERSION = 1
 
 QUERY, POSITIVE = "query", "positive"
+# By which weights in training name the sources of an episode: its own two, and all of the pool before.
+LOOKAHEAD, MOMENTUM = "lookahead", "momentum"
 
 _SHARD_QUERIES = 8192
 _BLOCK_QUERIES = 1024
@@ -84,6 +87,12 @@ class EpisodeOptions:
         if self.keep_queries not in ("previous", "now"):
             refuse(f"{self.keep_queries!r} is not a choice", "keep_queries", "Use previous or now")
 
+    @property
+    def groups(self) -> list[str]:
+        """Names for the sources of every pool, by which weights in training name them."""
+        counts = {QUERY: self.query_negatives, LOOKAHEAD: self.positive_negatives, MOMENTUM: int(self.momentum)}
+        return [name for name, count in counts.items() if count]
+
 
 @dataclass
 class Episode:
@@ -91,7 +100,8 @@ class Episode:
 
     Attributes:
         number: From 1.
-        rows: The pool; `sources` are `query@e` and `positive@e` with the episode e that a negative comes from.
+        rows: The pool; `sources` are `query@e` and `positive@e` with the episode e that a negative comes from, and
+            `metadata["source_groups"]` says which of them are `query`, `lookahead` and `momentum` here.
         run: The neighbours of the queries: where the miner ranks the positives, for [`positive_ranks`].
         report: Counts, for the provenance card.
     """
@@ -171,22 +181,30 @@ def mine_episode(
         queries = np.intersect1d(queries, qrels.query_positions(options.threshold))
         anchors = first_positives(qrels, queries, options.threshold)
         around = miner.of_passages(queries, anchors)
-    parts = []
-    for source, found, count in (
-        (QUERY, run, options.query_negatives),
-        (POSITIVE, around, options.positive_negatives),
+    parts, groups, drawn = [], {}, {}
+    for source, group, found, count in (
+        (QUERY, QUERY, run, options.query_negatives),
+        (POSITIVE, LOOKAHEAD, around, options.positive_negatives),
     ):
         if not count:
             continue
+        answered = None
         if answers is not None:
-            found = without(found, answer_mask(found, collection, answers))
-        parts.append(_draw(found, collection, split, f"{source}@{number}", count, number, options, cache_dir))
+            answered = answer_mask(found, collection, answers)
+            found = without(found, answered)
+        name = f"{source}@{number}"
+        part = _draw(found, collection, split, name, count, number, options, cache_dir)
+        parts.append(part)
+        groups[group] = [name]
+        drawn[name] = _drawn(part, answered)
     with_momentum = options.momentum and previous is not None
     if with_momentum and options.keep_queries == "previous":
         parts.insert(0, previous)
     elif with_momentum:
         parts.append(previous)
     rows = concatenate_pools(parts, cache_dir=cache_dir)
+    if options.momentum:
+        groups[MOMENTUM] = _sources(previous) if with_momentum else []
     report = {
         "episode": number,
         "miner": miner.identity,
@@ -196,7 +214,10 @@ def mine_episode(
         "queries": len(queries),
         "rows": len(rows),
         "negatives": int((rows.lengths - rows.num_positives).sum()),
+        "sources": drawn,
+        "previous": previous.metadata.get("teleport") if with_momentum else None,
     }
+    rows.metadata[SOURCE_GROUPS] = groups
     rows.metadata["teleport"] = report
     logger.info(
         "episode %d: %s queries, %s negatives%s",
@@ -260,6 +281,21 @@ def _answered_qrels(qrels: Qrels, run: Run, answered: np.ndarray, threshold: int
         np.concatenate([qrels.document, best]),
         np.concatenate([qrels.relevance, np.full(len(rows), threshold)]),
     )
+
+
+def _drawn(part: RowSet, answered: np.ndarray | None) -> dict[str, int]:
+    """What a source gave, and what was removed from its results."""
+    mining = part.metadata["mining"]
+    counts = {name: mining[name] for name in ("negatives", "positives_removed", "seed")}
+    return counts if answered is None else {**counts, "answers_removed": int(answered.sum())}
+
+
+def _sources(rows: RowSet) -> list[str]:
+    """Where the negatives of a pool come from."""
+    names: set[str] = set()
+    for block in rows.blocks():
+        names.update(block.column(SOURCES).combine_chunks().flatten().unique().to_pylist())
+    return sorted(names - {POSITIVE})
 
 
 def _check(collection: Collection, number: int, previous: RowSet | None, options: EpisodeOptions) -> None:
