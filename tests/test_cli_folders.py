@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_distill.cli.folders import KEY_FILE, claim_output
 from hf_distill.cli.main import main
-from hf_distill.cli.steps import KEY_FILE, claim_output
 from hf_distill.data import load_collection
 from hf_distill.evaluation import update_metrics
 from hf_distill.files import full_disk, readable_size, staged_files
@@ -28,7 +28,7 @@ SMALL += ["--mine_negatives", "8"]
 
 CLAIM = """
 import sys, time
-from hf_distill.cli.steps import claim_output
+from hf_distill.cli.folders import claim_output
 from hf_distill.errors import InputError
 folder, seed, go = sys.argv[1:]
 print("ready", flush=True)

@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from hf_distill.cli import steps
+from hf_distill.cli import folders
 from hf_distill.cli.main import main
 from hf_distill.errors import InputError
+from hf_distill.trainers.checkpoints import last_complete_checkpoint
 
 
 SMALL = ["--use_cpu", "true", "--per_device_train_batch_size", "8", "--num_negatives", "3", "--report_to", "none"]
@@ -33,12 +34,12 @@ def test_a_new_head_is_the_same_when_the_run_goes_on(micro, tiny_bert, tmp_path)
 
 
 def test_a_folder_where_nothing_was_begun_is_free(tmp_path):
-    folder = steps.claim_output(tmp_path / "out", {"losses": "[kll]"})
-    steps.claim_output(folder, {"losses": "[kl]"})
-    assert json.loads((folder / steps.KEY_FILE).read_text()) == {"losses": "[kl]"}
+    folder = folders.claim_output(tmp_path / "out", {"losses": "[kll]"})
+    folders.claim_output(folder, {"losses": "[kl]"})
+    assert json.loads((folder / folders.KEY_FILE).read_text()) == {"losses": "[kl]"}
     (folder / "metrics.json").write_text("{}")
     with pytest.raises(InputError, match="holds another run"):
-        steps.claim_output(folder, {"losses": "[kll]"})
+        folders.claim_output(folder, {"losses": "[kll]"})
 
 
 def test_a_ranker_is_no_student_of_the_verb(micro, tiny_bert, tiny_ranker, tmp_path, capsys):
@@ -49,14 +50,14 @@ def test_a_ranker_is_no_student_of_the_verb(micro, tiny_bert, tiny_ranker, tmp_p
 def test_another_number_of_processes_is_another_run(micro, tiny_bert, tmp_path):
     command = ["train", "--data", str(micro), "--model", str(tiny_bert), "--output_dir", str(tmp_path / "out"), *SMALL]
     main(command)
-    assert json.loads((tmp_path / "out" / steps.KEY_FILE).read_text())["processes"] == 1
+    assert json.loads((tmp_path / "out" / folders.KEY_FILE).read_text())["processes"] == 1
 
 
 def test_checkpoints_of_the_model_alone_stay(tmp_path):
     folder = tmp_path / "checkpoint-4"
     folder.mkdir()
     (folder / "trainer_state.json").write_text("{}")
-    assert steps.last_complete_checkpoint(tmp_path) is None
+    assert last_complete_checkpoint(tmp_path) is None
     assert folder.is_dir()
 
 

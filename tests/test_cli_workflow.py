@@ -206,7 +206,7 @@ def test_bad_input_is_one_sentence(micro, tiny_bert, tiny_ranker, tmp_path, caps
 
 
 def test_cut_off_checkpoints_are_passed_over(tmp_path):
-    from hf_distill.cli.steps import last_complete_checkpoint
+    from hf_distill.trainers.checkpoints import last_complete_checkpoint
 
     assert last_complete_checkpoint(tmp_path) is None
     for step in (4, 8, 12):

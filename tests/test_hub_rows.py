@@ -141,7 +141,8 @@ def test_the_rows_come_back_whole(hub, hub_client, mined, tmp_path):
 
 def _columns_fit(repo, data):
     """The fingerprints say that the texts are the same ones, here and beside the rows on the Hub."""
-    from hf_distill.cli.steps import Data, named_rows
+    from hf_distill.cli.row_sets import named_rows
+    from hf_distill.cli.steps import Data
     from hf_distill.data import load_collection
     from hf_distill.teachers.cached import check_column
 

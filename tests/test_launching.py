@@ -262,8 +262,7 @@ def test_processes_of_torchrun_join_and_bad_input_of_one_ends_them(tmp_path):
     script = tmp_path / "one.py"
     script.write_text(
         "from hf_distill.cli.parsing import exit_with\n"
-        "from hf_distill.cli.steps import wait_for_everyone\n"
-        "from hf_distill.distributed import join, rank, world_size\n"
+        "from hf_distill.distributed import join, rank, wait_for_everyone, world_size\n"
         "from hf_distill.errors import InputError\n"
         "join()\n"
         "if rank() == 1:\n"

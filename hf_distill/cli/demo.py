@@ -53,7 +53,7 @@ class DemoOptions:
 def collection_folder(options: DemoOptions) -> Path:
     """The demonstration's collection, built if it is not there; another one's is not touched."""
     from ..data import build_demo_collection
-    from .steps import wait_for_everyone
+    from ..distributed import wait_for_everyone
 
     folder = Path(options.output_dir) / "data"
     wanted = {"num_passages": options.num_passages, "seed": options.seed}

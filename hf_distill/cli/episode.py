@@ -33,30 +33,30 @@ def run(data_options: CollectionOptions, options: EpisodeMiningOptions, encode_o
     from ..evaluation.forgetting import positive_ranks, write_ranks
     from ..models import load_model
     from ..retrieval.teleport import mine_episode
-    from . import steps
+    from . import folders, row_sets, steps
 
     wanted = episode_options(options, options.seed)
     data = steps.Data.open(data_options)
     data.train = options.train_split
     collection = data.collection
     qrels = collection.split(options.train_split)
-    target = steps.claim_rows(steps.row_folder(data, options.output_dir, f"episode_{options.episode}"))
+    target = folders.claim_rows(row_sets.row_folder(data, options.output_dir, f"episode_{options.episode}"))
     answers = answers_by_position(options.answers, collection.queries)
-    queries = steps.sampled_queries(data, options.max_queries, options.seed)
+    queries = row_sets.sampled_queries(data, options.max_queries, options.seed)
     miner = "bm25" if options.model == "bm25" else load_model(options.model, revision=options.model_revision)
     episode = mine_episode(
         miner,
         collection,
         options.train_split,
         options.episode,
-        previous=steps.named_rows(data, options.previous) if options.previous else None,
+        previous=row_sets.named_rows(data, options.previous) if options.previous else None,
         options=wanted,
         answers=answers,
         query_positions=queries,
         factory=encode_options.index,
         **steps.encode_settings(encode_options, data_options),
     )
-    steps.save_rows(episode.rows, data, target, target.name)
+    row_sets.save_rows(episode.rows, data, target, target.name)
     if is_main_process():
         ranks = positive_ranks(episode.run, qrels, episode.run.query)
         ids = collection.queries.ids_at(episode.run.query)

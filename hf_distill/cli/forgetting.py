@@ -43,13 +43,13 @@ def run(data_options: CollectionOptions, options: ForgettingOptions, encode_opti
     from ..evaluation.forgetting import positive_ranks, write_forgetting
     from ..hub.manifest import write_manifest
     from ..models import load_model
-    from . import steps
+    from . import row_sets, steps
 
     mined = [_miner_ranks(folder) for folder in options.rows]
     data = steps.Data.open(data_options)
     data.train = options.split
     collection, qrels = data.collection, data.collection.split(options.split)
-    pools = [steps.named_rows(data, name) for name in options.rows]
+    pools = [row_sets.named_rows(data, name) for name in options.rows]
     ids = list(mined[0])
     for name, ranks in zip(options.rows, mined):
         if set(ranks) != set(ids):

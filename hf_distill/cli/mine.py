@@ -48,19 +48,19 @@ def run(
         )
     from ..data import Run
     from ..models import load_model
-    from . import publishing, steps
+    from . import folders, publishing, row_sets, steps
 
     data = steps.Data.open(data_options)
     data.train = options.train_split
     encode = steps.encode_settings(encode_options, data_options)
     name = options.name or _name_of(options.model or options.run)
-    target = steps.claim_rows(steps.row_folder(data, options.output_dir, name))
+    target = folders.claim_rows(row_sets.row_folder(data, options.output_dir, name))
     publishing.check_push_to(options)
     if options.run is not None:
         source: object = Run.load_trec(options.run, data.collection.queries, data.collection.corpus)
     else:
         source = "bm25" if options.model == "bm25" else load_model(options.model, revision=options.model_revision)
-    rows = steps.mined_rows(
+    rows = row_sets.mined_rows(
         source,
         data,
         pool_options,
@@ -71,7 +71,7 @@ def run(
         filter_teacher=load_model(options.filter_teacher) if options.filter_teacher else None,
         source=name,
     )
-    steps.save_rows(rows, data, target, name)
+    row_sets.save_rows(rows, data, target, name)
     logger.info("%s rows written to %s", f"{len(rows):,}", target)
     publishing.push_rows(rows, data_options, options, target)
 

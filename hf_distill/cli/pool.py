@@ -36,13 +36,13 @@ def run(data_options: CollectionOptions, options: PoolsOptions) -> None:
         output_dir=(options.output_dir, "folder of the new row set"),
     )
     from ..retrieval.pools import concatenate_pools
-    from . import steps
+    from . import folders, row_sets, steps
 
     data = steps.Data.open(data_options)
-    pools = [steps.named_rows(data, name) for name in options.rows]
-    target = steps.row_folder(data, options.output_dir, options.name or "pool")
+    pools = [row_sets.named_rows(data, name) for name in options.rows]
+    target = folders.claim_rows(row_sets.row_folder(data, options.output_dir, options.name or "pool"))
     rows = concatenate_pools(pools, duplicates=options.duplicates, cache_dir=data_options.cache_dir)
-    steps.save_rows(rows, data, target, options.name or target.name)
+    row_sets.save_rows(rows, data, target, options.name or target.name)
     logger.info("%s rows of %d pools written to %s", f"{len(rows):,}", len(pools), target)
 
 

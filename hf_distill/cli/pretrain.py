@@ -62,7 +62,7 @@ def run(data_options: CollectionOptions, options: PretrainOptions, args: Any) ->
 
     from ..models import LexMAEForPreTraining
     from ..trainers import LexMAEPretrainer
-    from . import publishing, steps
+    from . import folders, publishing, steps
 
     set_seed(args.seed)
     model = LexMAEForPreTraining.from_pretrained(
@@ -83,14 +83,14 @@ def run(data_options: CollectionOptions, options: PretrainOptions, args: Any) ->
     else:
         texts = _stream(options, model.config.template, args.seed)
         facts = {"stream": options.stream}
-    settings = steps.settings_of(
+    settings = folders.settings_of(
         data_options,
         options,
         args,
         data_fingerprint=facts,
         start_weights=model.weights_fingerprint(),
     )
-    folder = steps.claim_output(args.output_dir, settings)
+    folder = folders.claim_output(args.output_dir, settings)
     publishing.check_push(args)
     trainer = LexMAEPretrainer(model, args, texts)
     trained = steps.finish_training(trainer)

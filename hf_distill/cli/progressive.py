@@ -95,7 +95,7 @@ class _PhaseOptions:
 
     def prepare(self, student: RetrievalModel) -> Any:
         """Rows and teachers, what is missing mined and scored."""
-        from .distill import Distillation
+        from .distillation import Distillation
 
         data, options, *others = self.options
         args = replace(self.args, **self.settings)
@@ -120,7 +120,7 @@ def run(
     )
     from ..models import load_model
     from ..trainers import ProgressiveTrainer
-    from . import publishing, steps
+    from . import folders, publishing, steps
     from .options import ModelOptions
     from .reporting import Report
 
@@ -128,7 +128,7 @@ def run(
     phases = [_PhaseOptions(phase, common) for phase in read_phases(options.phases)]
     data = steps.Data.open(data_options)
     student = load_model(options.student, revision=options.student_revision)
-    settings = steps.settings_of(
+    settings = folders.settings_of(
         data_options,
         options,
         row_options,
@@ -137,7 +137,7 @@ def run(
         data_fingerprint=data.collection.fingerprints,
         student_weights=student.weights_fingerprint(),
     )
-    steps.claim_output(args.output_dir, settings)
+    folders.claim_output(args.output_dir, settings)
     publishing.check_push(args)
     encode = steps.encode_settings(encode_options, data_options)
     report = Report.of_training(data, encode, args, encode_options.index)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..console import is_main_process
+from ..distributed import wait_for_everyone
 from ..files import read_json
 from .options import CollectionOptions, PushToOptions
-from .steps import wait_for_everyone
 
 
 if TYPE_CHECKING:

@@ -312,7 +312,7 @@ def _data(name: str, revision: str | None, source: Mapping[str, Any], *_: Any) -
 def _rows(
     name: str, revision: str | None, source: Mapping[str, Any], manifest: Mapping[str, Any], moved: Mapping[str, str]
 ) -> tuple[dict, dict]:
-    from . import steps
+    from . import row_sets, steps
     from .options import CollectionOptions
 
     data = next((one for one in manifest["sources"] if one["kind"] == "data"), None)
@@ -320,7 +320,7 @@ def _rows(
         raise InputError("it is not known for which collection they are", where="manifest", cure="Use --force")
     place = moved.get(_plain(data["name"]), data["name"])
     opened = steps.Data.open(CollectionOptions(place, data["revision"] if place == data["name"] else None))
-    rows = steps.named_rows(opened, name, revision)
+    rows = row_sets.named_rows(opened, name, revision)
     return {"the content": source["fingerprint"]}, {"the content": rows.fingerprint}
 
 

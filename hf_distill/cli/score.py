@@ -58,17 +58,17 @@ def run(data_options: CollectionOptions, options: ScoreOptions, encode_options: 
             cure="See hf-distill score --help",
         )
     from ..retrieval import score_from_run, score_layers, score_rows
-    from . import publishing, steps
+    from . import folders, publishing, row_sets, steps
 
     data = steps.Data.open(data_options)
-    rows = steps.sample_rows(steps.named_rows(data, options.rows), options.max_queries, options.seed)
+    rows = row_sets.sample_rows(row_sets.named_rows(data, options.rows), options.max_queries, options.seed)
     encode = steps.encode_settings(encode_options, data_options)
     model = None if options.model is None else open_teacher(options.model, options.model_revision, options.length)
     if model is not None:
         announce(model, rows, data.collection, encode)
     if options.plan_only:
         return
-    target = steps.claim_rows(steps.row_folder(data, options.output_dir, options.rows))
+    target = folders.claim_rows(row_sets.row_folder(data, options.output_dir, options.rows))
     publishing.check_push_to(options)
     if model is None:
         if options.layers is not None:
@@ -83,8 +83,8 @@ def run(data_options: CollectionOptions, options: ScoreOptions, encode_options: 
             column = layer_column(options.column)
             settings = {name: value for name, value in encode.items() if name != "storage"}
             scored = score_layers(model, scored, layers=layers, column=column, **settings)
-    steps.warn_of_scores(scored, options.column)
-    steps.save_rows(scored, data, target, options.rows)
+    row_sets.warn_of_scores(scored, options.column)
+    row_sets.save_rows(scored, data, target, options.rows)
     logger.info("column %s of %s rows written to %s", options.column, f"{len(scored):,}", target)
     publishing.push_rows(scored, data_options, options, target)
 

@@ -49,10 +49,10 @@ def run(data_options: CollectionOptions, options: SelectOptions) -> None:
         output_dir=(options.output_dir, "folder of the selected rows"),
     )
     from ..retrieval.select import select_rows
-    from . import steps
+    from . import folders, row_sets, steps
 
     data = steps.Data.open(data_options)
-    rows = steps.named_rows(data, options.rows)
+    rows = row_sets.named_rows(data, options.rows)
     columns = None if options.teacher_column is None else {"teacher": options.teacher_column}
     selected = select_rows(
         rows,
@@ -62,8 +62,8 @@ def run(data_options: CollectionOptions, options: SelectOptions) -> None:
         answers=None if options.answers is None else read_answers(options.answers),
         fewest=options.fewest,
     )
-    target = steps.row_folder(data, options.output_dir, options.rows)
-    steps.save_rows(selected, data, target, target.name)
+    target = folders.claim_rows(row_sets.row_folder(data, options.output_dir, options.rows))
+    row_sets.save_rows(selected, data, target, target.name)
     logger.info("%s of %s rows written to %s", f"{len(selected):,}", f"{len(rows):,}", target)
 
 

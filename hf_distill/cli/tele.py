@@ -31,7 +31,7 @@ def run(
         output_dir=(args.output_dir, "where the episodes and the model go"),
     )
     from ..trainers import About, TeleTrainer
-    from . import publishing, steps
+    from . import folders, publishing, row_sets, steps
     from .reporting import Report
 
     data = steps.Data.open(data_options)
@@ -39,7 +39,7 @@ def run(
     model = steps.open_model(
         options.model, options.kind or "dense", options.model_revision, model_options, args.seed, layers=options.layers
     )
-    settings = steps.settings_of(
+    settings = folders.settings_of(
         data_options,
         options,
         pool_options,
@@ -49,7 +49,7 @@ def run(
         data_fingerprint=collection.fingerprints,
         start_weights=model.weights_fingerprint(),
     )
-    steps.claim_output(args.output_dir, settings)
+    folders.claim_output(args.output_dir, settings)
     publishing.check_push(args)
     encode = steps.encode_settings(encode_options, data_options)
     report = Report.of_training(data, encode, args, encode_options.index)
@@ -63,7 +63,7 @@ def run(
         episode=episode_options(pool_options, args.seed),
         evaluation=steps.evaluation_for(data, args, model),
         answers=answers_by_position(pool_options.answers, collection.queries),
-        query_positions=steps.sampled_queries(data, pool_options.max_queries, args.seed),
+        query_positions=row_sets.sampled_queries(data, pool_options.max_queries, args.seed),
         retrieval={"factory": encode_options.index, **encode},
     )
     summary = f"`{options.model}`, trained on *{collection.name}* in {args.episodes} episodes (ANCE-Tele)."

@@ -38,7 +38,7 @@ def run(
         output_dir=(args.output_dir, "where the model goes"),
     )
     from ..trainers import About, RetrievalTrainer
-    from . import publishing, steps
+    from . import folders, publishing, row_sets, steps
     from .reporting import Report
 
     data = steps.Data.open(data_options)
@@ -46,7 +46,7 @@ def run(
         options.model, options.kind, options.model_revision, model_options, args.seed, layers=options.layers
     )
     steps.check_training(data, row_options, args, model, index=encode_options.index)
-    settings = steps.settings_of(
+    settings = folders.settings_of(
         data_options,
         options,
         row_options,
@@ -54,10 +54,10 @@ def run(
         encode_options,
         args,
         data_fingerprint=data.collection.fingerprints,
-        rows_fingerprint=steps.rows_fingerprint(data, row_options),
+        rows_fingerprint=row_sets.rows_fingerprint(data, row_options),
         start_weights=model.weights_fingerprint(),
     )
-    steps.claim_output(args.output_dir, settings)
+    folders.claim_output(args.output_dir, settings)
     publishing.check_push(args)
     encode = steps.encode_settings(encode_options, data_options)
     report = Report.of_training(data, encode, args, encode_options.index)
@@ -86,10 +86,10 @@ def _rows(
     data: Data, options: RowOptions, model: RetrievalModel, encode: dict[str, Any], index: str, seed: int
 ) -> RowSet:
     from ..models import load_model
-    from . import steps
+    from . import row_sets
 
     if options.rows is not None:
-        return steps.wanted_rows(data, options, seed)
+        return row_sets.wanted_rows(data, options, seed)
     if options.mine_with == "teacher":
         raise InputError("there is no teacher here", where="--mine_with", cure="Choose bm25, student or a model id")
     source: Any = options.mine_with
@@ -97,7 +97,7 @@ def _rows(
         source = copy.deepcopy(model)
     elif source not in ("auto", "bm25"):
         source = load_model(source)
-    return steps.mined_rows("bm25" if source == "auto" else source, data, options, encode, index=index, seed=seed)
+    return row_sets.mined_rows("bm25" if source == "auto" else source, data, options, encode, index=index, seed=seed)
 
 
 VERB = Verb(
