@@ -11,8 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from hf_distill.cli.main import main
+from hf_distill.cli.parsing import parse_settings
+from hf_distill.cli.train import VERB
 from hf_distill.data import RowSet, load_collection
 from hf_distill.recipes import load_recipe
+from hf_distill.trainers.base import read_sources
 
 from .test_cli_workflow import COMMON, fails
 
@@ -88,6 +91,16 @@ def test_the_recipe_is_complete(profile, micro):
     last = recipe.stages["model_3"].settings
     assert "stop_after" not in last and recipe.stages["model_1"].settings["stop_after"] > 0
     assert recipe.stages["pool_3"].settings["previous"] == "${pool_2}"
+
+
+def test_the_recipe_weighs_sources(micro):
+    overrides = ["sampling=random", "source_weights={query: 1, lookahead: 1, momentum: 2}"]
+    settings = load_recipe("ance_tele", "small", [f"data={micro}", *overrides]).stages["model_2"].settings
+    options, *_ = [one for one in parse_settings(VERB, {**settings, "output_dir": "o"}, "model_2")
+                   if hasattr(one, "negative_sources")]  # fmt: skip
+    assert options.negative_sampling == "random"
+    assert read_sources(options) == {"query": 1, "lookahead": 1, "momentum": 2}
+    assert "negative_sources" not in load_recipe("ance_tele", "small", [f"data={micro}"]).stages["model_2"].settings
 
 
 @pytest.mark.distributed

@@ -190,23 +190,48 @@ def test_two_starts_at_once(start, tmp_path):
         start()
 
 
+def started(path: Path, folder: Path, data: Path) -> subprocess.Popen:
+    """The recipe in a process of its own, slow enough to be killed in the middle."""
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from hf_distill.recipes import RecipeRun, load_recipe, processes, report, runner
+from tests.test_recipes_running import stand_in
+processes._start = stand_in
+runner.in_other_process = report.in_other_process = lambda *_: None
+RecipeRun(load_recipe({str(path)!r}, overrides=["data={data}", "pause=0.03"]), sys.argv[1]).run()
+"""
+    return subprocess.Popen([sys.executable, "-c", code, str(folder)], stderr=subprocess.PIPE)
+
+
+def test_settings_that_were_edited_after_a_kill(start, tmp_path, micro, caplog):
+    """Killed in the middle of a stage; what changed since then is said, and only that is done again."""
+    out = tmp_path / "out"
+    process = started(tmp_path / "sums.yaml", out, micro)
+    while process.poll() is None and not list(out.glob("stages/scored/step-*.json")):
+        time.sleep(0.01)
+    assert process.poll() is None, process.stderr.read().decode()
+    process.kill()
+    process.wait()
+    caplog.set_level("INFO", logger="hf_distill")
+    edited = start("pause=0.03", "scored.amount=7", "figures.amount=1")
+    assert "scored will be done again: amount: unset -> 7" in caplog.text
+    assert "scored: the result of the other settings is kept in" in caplog.text
+    assert "rows will be" not in caplog.text and "ranker will be" not in caplog.text
+    assert starts(edited) == {"rows": 1, "ranker": 1, "scored": 1, "figures": 1}
+    caplog.clear()
+    start("pause=0.03")
+    # The part that the kill left is begun anew: only finished results are taken back.
+    assert "scored will be done again: amount: 7 -> unset" in caplog.text
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_the_result_is_the_same(tmp_path, micro):
     """The recipe's own process is killed; the program that it had started must not outlive it."""
     path = tmp_path / "sums.yaml"
     path.write_text(yaml.safe_dump(RECIPE, sort_keys=False))
-    code = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
-from pathlib import Path
-from hf_distill.recipes import RecipeRun, load_recipe, processes, report, runner
-from tests.test_recipes_running import stand_in
-processes._start = stand_in
-runner.in_other_process = report.in_other_process = lambda *_: None
-RecipeRun(load_recipe({str(path)!r}, overrides=["data={micro}", "pause=0.03"]), sys.argv[1]).run()
-"""
 
     def launch(folder: Path) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, "-c", code, str(folder)], stderr=subprocess.PIPE)
+        return started(path, folder, micro)
 
     assert launch(tmp_path / "whole").wait() == 0
     generator, kills = random.Random(5), 0

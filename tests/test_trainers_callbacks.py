@@ -81,9 +81,9 @@ def test_published_learning_rates():
 def test_forgetting_is_logged_and_survives_a_resume(collection, tiny_bert, rows, tmp_path):
     def run(folder, **settings):
         evaluation = RetrievalEvaluation(collection, "dev", depth=100)
-        callback = ForgettingCallback(evaluation)
+        callbacks = [] if "track_forgetting" in settings else [ForgettingCallback(evaluation)]
         return evaluation, train(
-            folder, tiny_bert, rows, callbacks=[callback], evaluation=evaluation, eval_strategy="steps",
+            folder, tiny_bert, rows, callbacks=callbacks, evaluation=evaluation, eval_strategy="steps",
             eval_steps=3, save_strategy="steps", save_steps=3, save_total_limit=None, **settings,
         )  # fmt: skip
 
@@ -97,7 +97,9 @@ def test_forgetting_is_logged_and_survives_a_resume(collection, tiny_bert, rows,
     before, after = (np.where(ranks[name] == 0, 10**6, ranks[name]) for name in ("step_9", "step_12"))
     assert last[-1]["eval_forgetting"] == pytest.approx((after > before).mean())
     assert last[-1]["eval_learning"] == pytest.approx((after < before).mean())
-    run(tmp_path / "parts", stop_after=7)
+    run(tmp_path / "parts", stop_after=7, track_forgetting=True)
     run(tmp_path / "parts", resume=str(tmp_path / "parts" / "checkpoint-6"))
     resumed = read_ranks(tmp_path / "parts" / "ranks.parquet")
     assert {name: one.tolist() for name, one in resumed.items()} == {name: one.tolist() for name, one in ranks.items()}
+    with pytest.raises(InputError, match="track_forgetting.*nothing is evaluated during training"):
+        train(tmp_path / "blind", tiny_bert, rows, track_forgetting=True)

@@ -24,7 +24,7 @@ def collection(tmp_path_factory):
     return load_collection(MICRO, cache_dir=tmp_path_factory.mktemp("collection"))
 
 
-def episodes(folder, model, collection, cache, callbacks=None, **settings) -> TeleTrainer:
+def episodes(folder, model, collection, cache, callbacks=None, tied=True, **settings) -> TeleTrainer:
     settings = {"episodes": 2, "max_steps": 8, "stop_after": 4, "num_negatives": 3, **settings}
     args = TeleTrainingArguments(
         output_dir=str(folder),
@@ -38,7 +38,7 @@ def episodes(folder, model, collection, cache, callbacks=None, **settings) -> Te
     )
     mining = EpisodeOptions(depth=30, query_negatives=5, positive_negatives=4)
     return TeleTrainer(
-        load_model(model),
+        load_model(model, **({} if tied else {"tied": False})),
         args,
         collection,
         episode=mining,
@@ -131,9 +131,27 @@ def test_one_command(straight, tiny_bert, tmp_path, capsys):
     assert manifest["training"]["steps"] == 12 and manifest["data"]["rows"]["provenance"]["teleport"]["episode"] == 2
 
 
+def test_weighted_sources_and_two_towers(tiny_bert, collection, tmp_path):
+    """Of the first pool, which has none before it, the weight of momentum is nobody's."""
+    weights = '{"query": 1, "lookahead": 1, "momentum": 2}'
+    trainer = episodes(
+        tmp_path / "out", tiny_bert, collection, tmp_path / "cache", tied=False,
+        negative_sampling="random", negative_sources=weights, gradient_cache_size=4,
+    )  # fmt: skip
+    trainer.train()
+    model = load_model(tmp_path / "out")
+    assert not model.config.tied
+    towers = [next(tower.parameters()) for tower in model.towers.values()]
+    assert len(towers) == 2 and not torch.equal(*towers), "trained apart"
+
+
 def test_bad_input(tiny_bert, collection, tmp_path):
     with pytest.raises(InputError, match="episode_negatives"):
         episodes(tmp_path / "a", tiny_bert, collection, tmp_path, episode_negatives="3")
+    with pytest.raises(InputError, match="'querry' is no source of every episode.*query, lookahead, momentum"):
+        episodes(tmp_path / "a", tiny_bert, collection, tmp_path, negative_sources='{"querry": 1}')
+    with pytest.raises(InputError, match="'window' takes negatives as they come"):
+        episodes(tmp_path / "a", tiny_bert, collection, tmp_path, negative_sources='{"query": 1, "momentum": 2}')
     with pytest.raises(InputError, match="0 episodes"):
         episodes(tmp_path / "a", tiny_bert, collection, tmp_path, episodes=0)
     with pytest.raises(InputError, match="go on by themselves"):

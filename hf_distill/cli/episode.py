@@ -31,9 +31,10 @@ def run(data_options: CollectionOptions, options: EpisodeMiningOptions, encode_o
         output_dir=(options.output_dir, "folder of the pool"),
     )
     from ..evaluation.forgetting import positive_ranks, write_ranks
+    from ..hub.row_sets import write_pool_card
     from ..models import load_model
     from ..retrieval.teleport import mine_episode
-    from . import folders, row_sets, steps
+    from . import folders, publishing, row_sets, steps
 
     wanted = episode_options(options, options.seed)
     data = steps.Data.open(data_options)
@@ -41,6 +42,7 @@ def run(data_options: CollectionOptions, options: EpisodeMiningOptions, encode_o
     collection = data.collection
     qrels = collection.split(options.train_split)
     target = folders.claim_rows(row_sets.row_folder(data, options.output_dir, f"episode_{options.episode}"))
+    publishing.check_push_to(options)
     answers = answers_by_position(options.answers, collection.queries)
     queries = row_sets.sampled_queries(data, options.max_queries, options.seed)
     miner = "bm25" if options.model == "bm25" else load_model(options.model, revision=options.model_revision)
@@ -61,7 +63,9 @@ def run(data_options: CollectionOptions, options: EpisodeMiningOptions, encode_o
         ranks = positive_ranks(episode.run, qrels, episode.run.query)
         ids = collection.queries.ids_at(episode.run.query)
         write_ranks(target / RANKS_FILE, ids, [RANKS_COLUMN], ranks[None])
+        write_pool_card(episode.rows, target)
     logger.info("%s rows written to %s", f"{len(episode.rows):,}", target)
+    publishing.push_rows(episode.rows, data_options, options, target)
 
 
 def episode_options(options: PoolsOfEpisodesOptions, seed: int) -> EpisodeOptions:

@@ -62,7 +62,11 @@ def write_row_repository(
 
 
 def _retriever(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
-    return metadata.get("mining", {}).get("retriever", {})
+    """Who found the negatives; of several row sets in one, who found those of the first."""
+    if "teleport" in metadata:
+        return metadata["teleport"]["miner"]
+    first = metadata["pools"][0] if metadata.get("pools") else metadata
+    return first.get("mining", {}).get("retriever", {})
 
 
 def _write_card(
@@ -107,7 +111,8 @@ def _write_card(
         columns=", ".join(f"`{column}`" for column in rows.columns),
         notes=" ".join(notes),
         usage=_usage(repo_id),
-        provenance="\n".join(f"- {label}: {value}" for label, value in _provenance(rows, run, template)),
+        provenance=_provenance_lines(rows, run, template),
+        episodes=_episodes_table(metadata) if "teleport" in metadata else None,
         histograms=[{"title": title, "table": _table(one)} for title, one in histograms.items() if one["counts"]],
         **{key: f"{facts[key]:,}" for key in ("equal_rows", "rows", "queries", "documents")},
         num_negatives=facts["num_negatives"],
@@ -126,8 +131,10 @@ def _usage(repo_id: str) -> str:
 
 
 def _summary(metadata: Mapping[str, Any]) -> str:
-    collection, mining = metadata.get("collection"), metadata.get("mining")
+    collection, mining, episode = metadata.get("collection"), metadata.get("mining"), metadata.get("teleport")
     where = f" of *{collection}*" if collection else ""
+    if episode:
+        return f"Negatives of episode {episode['episode']} of ANCE-Tele for queries{where}."
     if mining:
         return f"Hard negatives for queries{where}, found by `{_name(_retriever(metadata))}`."
     return f"Training rows for queries{where}."
@@ -150,7 +157,7 @@ def _maker(maker: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _provenance(rows: RowSet, run: Mapping[str, Any], template: str) -> list[tuple[str, str]]:
+def _provenance(rows: RowSet, run: Mapping[str, Any], template: str | None) -> list[tuple[str, str]]:
     metadata, lines = rows.metadata, []
     mining = metadata.get("mining", {})
     for one in run.get("sources", ()):
@@ -161,25 +168,20 @@ def _provenance(rows: RowSet, run: Mapping[str, Any], template: str) -> list[tup
         ("Fingerprints", f"queries `{rows.queries.fingerprint}`, corpus `{rows.corpus.fingerprint}`, rows "
          f"`{rows.fingerprint}`"),
     )  # fmt: skip
-    if mining:
-        retriever = _retriever(metadata)
-        lines.append(("Retriever", _maker(retriever)))
-        first, last = mining["window"]
-        index = retriever.get("index", "exact" if retriever.get("name") != "run" else "a run")
-        lines.append(("Index, depth, window", f"{index}, {mining['depth']}, ranks {first} to {last}"))
-        limits = {key: mining[key] for key in ("margin", "relative_margin", "max_score", "min_score")}
-        filters = ", ".join(f"{key} {value}" for key, value in limits.items() if value is not None) or "none"
-        judge = f", judged by {_maker(mining['filter_teacher'])}" if mining.get("filter_teacher") else ""
-        lines.append(("Filter", f"{filters}{judge}; {mining['filtered_by_score']:,} candidates dropped"))
-        lines.append(("Positives removed from the results", f"{mining['positives_removed']:,}"))
-        lines.append(
-            ("Sampling", f"{mining['sampling']}, at most {mining['num_negatives']} a query, seed {mining['seed']}")
-        )
+    if "teleport" in metadata:
+        for episode in episodes_of(metadata):
+            lines.append((f"Retriever of episode {episode['episode']}", _maker(episode["miner"])))
+    elif mining:
+        lines += _mined(mining)
+    elif metadata.get("pools"):
+        for number, pool in enumerate(metadata["pools"], start=1):
+            lines += [(f"Row set {number}: {label}", value) for label, value in _mined(pool.get("mining", {}))]
     elif metadata.get("made_by"):
         lines.append(("Made by", str(metadata["made_by"])))
     for column, teacher in metadata.get("teachers", {}).items():
         lines.append((f"Teacher of `{column}`", _maker(teacher)))
-    lines.append(("Passages rendered as", f"`{template}`"))
+    if template:
+        lines.append(("Passages rendered as", f"`{template}`"))
     seeds = run.get("seeds") or {}
     if seeds:
         lines.append(("Seeds", ", ".join(f"{name} {value}" for name, value in seeds.items())))
@@ -187,6 +189,82 @@ def _provenance(rows: RowSet, run: Mapping[str, Any], template: str) -> list[tup
         code = run.get("code") or run["versions"].get("hf_distill")
         lines.append(("Code", f"hf_distill {run['versions'].get('hf_distill')}, `{code}`"))
     return lines
+
+
+def _mined(mining: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How negatives were found, filtered and drawn; nothing for those that were not mined."""
+    if not mining:
+        return []
+    retriever = mining["retriever"]
+    first, last = mining["window"]
+    index = retriever.get("index", "exact" if retriever.get("name") != "run" else "a run")
+    limits = {key: mining[key] for key in ("margin", "relative_margin", "max_score", "min_score")}
+    filters = ", ".join(f"{key} {value}" for key, value in limits.items() if value is not None) or "none"
+    judge = f", judged by {_maker(mining['filter_teacher'])}" if mining.get("filter_teacher") else ""
+    return [
+        ("Retriever", _maker(retriever)),
+        ("Index, depth, window", f"{index}, {mining['depth']}, ranks {first} to {last}"),
+        ("Filter", f"{filters}{judge}; {mining['filtered_by_score']:,} candidates dropped"),
+        ("Positives removed from the results", f"{mining['positives_removed']:,}"),
+        ("Sampling", f"{mining['sampling']}, at most {mining['num_negatives']} a query, seed {mining['seed']}"),
+    ]
+
+
+def episodes_of(metadata: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What is known of the episodes whose negatives a pool holds, the first one first."""
+    episodes, one = [], metadata.get("teleport")
+    while one:
+        episodes.insert(0, one)
+        one = one.get("previous")
+    return episodes
+
+
+def _episodes_table(metadata: Mapping[str, Any]) -> str:
+    lines = [
+        "| source | retriever | index | depth | most for a query | negatives | positives removed | seed |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for episode in episodes_of(metadata):
+        miner = episode["miner"]
+        for source, drawn in episode.get("sources", {}).items():
+            most = episode["query_negatives" if source.startswith("query@") else "positive_negatives"]
+            removed = f"{drawn['positives_removed']:,}"
+            if "answers_removed" in drawn:
+                removed += f", and {drawn['answers_removed']:,} with an answer"
+            cells = [f"`{source}`", f"`{_name(miner)}`", str(miner.get("index", "BM25")), str(episode["depth"])]
+            cells += [str(most), f"{drawn['negatives']:,}", removed, str(episode["seed"])]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_pool_card(rows: RowSet, folder: Path) -> None:
+    """Writes the card of an episode's saved pool as `README.md`: where its negatives come from, episode by episode."""
+    from huggingface_hub import DatasetCard, DatasetCardData
+
+    run = read_json(folder / MANIFEST)
+    sources = on_hub([str(one["name"]) for one in run.get("sources", ()) if one.get("kind") == "data"])
+    title = folder.resolve().name
+    card = DatasetCard.from_template(
+        DatasetCardData(
+            task_categories=["text-retrieval"],
+            tags=["hf_distill", "hard-negatives", "ance-tele"],
+            pretty_name=title,
+            source_datasets=sources or None,
+        ),
+        template_path=str(template_path("pool")),
+        title=title,
+        summary=_summary(rows.metadata),
+        rows=f"{len(rows):,}",
+        negatives=f"{rows.metadata['teleport']['negatives']:,}",
+        columns=", ".join(f"`{column}`" for column in rows.columns),
+        episodes=_episodes_table(rows.metadata),
+        provenance=_provenance_lines(rows, run, _retriever(rows.metadata).get("template")),
+    )
+    write_text(folder / "README.md", str(card))
+
+
+def _provenance_lines(rows: RowSet, run: Mapping[str, Any], template: str | None) -> str:
+    return "\n".join(f"- {label}: {value}" for label, value in _provenance(rows, run, template))
 
 
 def _table(histogram: Mapping[str, list]) -> str:

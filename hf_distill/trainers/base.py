@@ -38,7 +38,7 @@ from ..models.base import RetrievalModel
 from ..models.dropout import set_dropout
 from ..models.joint import student_of
 from .arguments import RetrievalTrainingArguments
-from .callbacks import StopAfter
+from .callbacks import ForgettingCallback, StopAfter
 from .publishing import PublishingTrainer
 from .training_rows import SkipUnread, check_rows_state, make_dataset, make_sampler, write_rows_state
 
@@ -80,6 +80,20 @@ def check_batch(num_rows: int, args: RetrievalTrainingArguments) -> None:
             where="rows",
             cure="Lower --per_device_train_batch_size, or bring more rows",
         )
+
+
+def own_callbacks(args: RetrievalTrainingArguments, evaluation: RetrievalEvaluation | None) -> list[TrainerCallback]:
+    """The callbacks that options ask for."""
+    made: list[TrainerCallback] = [] if args.stop_after is None else [StopAfter(args.stop_after)]
+    if args.track_forgetting:
+        if evaluation is None or args.eval_strategy == "no":
+            raise InputError(
+                "nothing is evaluated during training",
+                where="track_forgetting",
+                cure="Set eval_strategy to steps or epoch, and bring development judgements",
+            )
+        made.append(ForgettingCallback(evaluation))
+    return made
 
 
 class BaseTrainer(PublishingTrainer):
@@ -141,7 +155,7 @@ class BaseTrainer(PublishingTrainer):
             train_dataset=dataset,
             eval_dataset=evaluation,
             processing_class=model.processor().tokenizer,
-            callbacks=[*(callbacks or []), *([StopAfter(args.stop_after)] if args.stop_after is not None else [])],
+            callbacks=[*(callbacks or []), *own_callbacks(args, evaluation)],
             **kwargs,
         )
 

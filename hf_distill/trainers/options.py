@@ -76,6 +76,9 @@ class RetrievalOptions(CommonOptions):
     eval_queries: int | None = option(
         None, "Evaluate during training on this many queries, a seeded sample. Default: all."
     )
+    track_forgetting: bool = option(
+        False, "Log what every evaluation has learned and forgotten since the one before, and keep all queries' ranks."
+    )
 
 
 @dataclass

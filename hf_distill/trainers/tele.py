@@ -23,6 +23,7 @@ from ..retrieval.searching import search
 from ..retrieval.teleport import Episode, EpisodeOptions, mine_episode
 from ..settings import NOT_OF_THE_RUN
 from .arguments import TeleTrainingArguments
+from .base import read_sources
 from .checkpoints import last_complete_checkpoint
 from .retrieval import RetrievalTrainer
 
@@ -80,6 +81,7 @@ class TeleTrainer(RetrievalTrainer):
     ):
         self.negatives = _by_episode(args)
         self.collection, self.split, self.mining = collection, split, episode or EpisodeOptions(seed=args.seed)
+        _check_weights(args, self.mining)
         self._mined = {"answers": answers, "query_positions": query_positions, **(retrieval or {})}
         self._more = dict(kwargs)
         # The pretrained weights; every episode trains a copy.
@@ -202,6 +204,25 @@ class TeleTrainer(RetrievalTrainer):
             ["pretrained", *(f"episode_{episode.number}" for episode in episodes)],
             ranks,
             [episode.rows for episode in episodes],
+        )
+
+
+def _check_weights(args: TeleTrainingArguments, mining: EpisodeOptions) -> None:
+    """Weights that would be refused after an episode was mined are refused now."""
+    weights = read_sources(args) or {}
+    groups = mining.groups
+    for name in weights:
+        if name not in groups:
+            raise InputError(
+                f"{name!r} is no source of every episode",
+                where="negative_sources",
+                cure=f"Name some of {', '.join(groups)}",
+            )
+    if args.negative_sampling != "random" and len({weight for weight in weights.values() if weight}) > 1:
+        raise InputError(
+            f"the sampling {args.negative_sampling!r} takes negatives as they come and has no weights",
+            where="negative_sources",
+            cure="Add --negative_sampling random",
         )
 
 
