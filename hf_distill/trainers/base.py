@@ -85,7 +85,7 @@ def check_batch(num_rows: int, args: RetrievalTrainingArguments) -> None:
 def own_callbacks(args: RetrievalTrainingArguments, evaluation: RetrievalEvaluation | None) -> list[TrainerCallback]:
     """The callbacks that options ask for."""
     made: list[TrainerCallback] = [] if args.stop_after is None else [StopAfter(args.stop_after)]
-    if args.track_forgetting:
+    if getattr(args, "track_forgetting", False):  # pre-training measures nothing
         if evaluation is None or args.eval_strategy == "no":
             raise InputError(
                 "nothing is evaluated during training",
