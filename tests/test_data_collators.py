@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +25,9 @@ from hf_distill.data.collators import chunk_cuts
 from hf_distill.data.negatives import Example
 from hf_distill.errors import InputError
 from hf_distill.models.processing import TextProcessor
+
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def restored(batch, side="right") -> list[list[int]]:
@@ -65,6 +69,14 @@ def test_chunks_hold_every_text_once(features, num_chunks, side):
         assert (chunk["input_ids"][chunk["attention_mask"] == 0] == 0).all()
     widths = [chunk["input_ids"].shape[1] for chunk in batch["chunks"]]
     assert widths == sorted(widths)
+
+
+@given(features=st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=8), max_size=40), size=st.integers(1, 9))
+def test_even_chunks_have_no_more_texts_than_asked_for(features, size):
+    batch = token_batch(features, 0, num_chunks=max(1, -(-len(features) // size)), even=True)
+    counts = [len(chunk["input_ids"]) for chunk in batch["chunks"]]
+    assert max(counts, default=0) <= size and max(counts, default=0) - min(counts, default=0) <= 1
+    assert restored(batch) == features
 
 
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=9), num_chunks=st.integers(1, 5))
@@ -185,6 +197,37 @@ def test_pairs_are_what_the_tokenizer_makes(texts, tiny_tokenizer):
     lengths = [len(ids) for ids in expected["input_ids"]]
     ordered = [segments[place] for place in pair["inverse"].tolist()]
     assert [row[:length] for row, length in zip(ordered, lengths)] == expected["token_type_ids"]
+
+
+def test_pairs_of_led_and_lexmae():
+    """The released builder puts tokenised queries and passages together; a rendered pair has the same ids."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    names = {"[PAD]": 0, "[CLS]": 101, "[SEP]": 102, "[UNK]": 1} | {f"w{number}": number for number in range(7, 40)}
+    tokenizer = Tokenizer(models.WordLevel(names, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 102), ("[CLS]", 101))
+    special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **special, model_input_names=["input_ids", "token_type_ids", "attention_mask"]
+    )
+    with np.load(GOLDEN / "led_xenc_inputs.npz") as case:
+        word = {number: name for name, number in names.items()}
+
+        def text_of(ids, mask):
+            """Without the first and the last token; the separator between title and text stays, as in a template."""
+            return " ".join(word[token] for token in ids[mask.astype(bool)][1:-1])
+
+        queries, passages = (
+            [text_of(ids, mask) for ids, mask in zip(case[f"{side}_ids"], case[f"{side}_mask"])]
+            for side in ("query", "doc")
+        )
+        assert passages == ["w20 [SEP] w30 w31", "w21 [SEP] w32"]
+        processor = TextProcessor(fast, kind="cross", passage_length=160)
+        batch = processor.pad(*processor.pairs(queries, passages))
+        for ours, theirs in (("input_ids", "ids"), ("attention_mask", "mask"), ("token_type_ids", "type_ids")):
+            np.testing.assert_array_equal(batch[ours], case[theirs], err_msg=ours)
 
 
 class FakeStore:

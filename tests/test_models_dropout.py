@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_distill.models.dropout import FastDropout, dropout_mask
+from hf_distill.models.dropout import dropout_mask, has_dropout, set_dropout
+from hf_distill.models.products import FastOnCpu
 
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,7 +34,7 @@ def test_mask_drops_with_the_probability_and_keeps_the_mean(dtype, probability):
 
 def test_gradient_goes_where_the_values_went():
     values = torch.ones(64, 64, requires_grad=True)
-    with FastDropout():
+    with FastOnCpu():
         result = nn.Dropout(0.3)(values)
     result.sum().backward()
     torch.testing.assert_close(values.grad, result.detach(), rtol=0, atol=0)
@@ -42,7 +43,7 @@ def test_gradient_goes_where_the_values_went():
 
 def test_random_state_of_torch_brings_a_mask_back():
     values = torch.ones(100, 100)
-    with FastDropout():
+    with FastOnCpu():
         torch.manual_seed(5)
         state = torch.get_rng_state()
         first, second = F.dropout(values, 0.5), F.dropout(values, 0.5)
@@ -54,7 +55,7 @@ def test_random_state_of_torch_brings_a_mask_back():
 
 def test_cases_that_stay_with_torch():
     values = torch.rand(30, 30)
-    with FastDropout():
+    with FastOnCpu():
         assert torch.equal(nn.Dropout(0.5).eval()(values), values)
         assert torch.equal(F.dropout(values, 0.0), values)
         assert torch.equal(F.dropout(values, 1.0), torch.zeros_like(values))
@@ -68,7 +69,7 @@ def test_cases_that_stay_with_torch():
 
 
 def test_empty_input():
-    with FastDropout():
+    with FastOnCpu():
         assert F.dropout(torch.ones(0, 3), 0.5).shape == (0, 3)
 
 
@@ -92,3 +93,17 @@ def test_a_model_in_training_uses_it(tiny_bert, precision, monkeypatch):
     # The embeddings, and in each layer the attention's weights, its output and the feed-forward output.
     assert len(shapes) == 1 + 3 * layers
     assert shapes.count((1, heads, 4, 4)) == layers
+
+
+def test_a_model_drops_until_it_is_told_not_to():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention_dropout, self.dense = 0.2, nn.Dropout(0.0)
+
+    layer = Layer()
+    assert has_dropout(layer)
+    set_dropout(layer, 0.0)
+    assert not has_dropout(layer)
+    layer.dense.p = 0.1
+    assert has_dropout(layer)

@@ -274,8 +274,12 @@ def test_attention_follows_the_mode_on_a_cpu(bert):
     assert len(attention) == 2
     assert {one._attn_implementation for one in attention} == {"sdpa"}
     eager = vectors(model, WORDS, "query")
-    model.train()
-    assert {one._attn_implementation for one in attention} == {"eager"}
+    for dropout, bfloat16, expected in ((0.1, False, "eager"), (0.0, True, "eager"), (0.0, False, "sdpa")):
+        set_dropout(model, dropout)
+        model.train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            contrastive(model, 2)
+        assert {one._attn_implementation for one in attention} == {expected}
     torch.testing.assert_close(vectors(model, WORDS, "query"), eager, atol=1e-5, rtol=1e-4)
     assert {one._attn_implementation for one in attention} == {"sdpa"}
     fixed = DenseRetriever.from_pretrained(bert, attn_implementation="eager").eval()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hf_distill.data import Corpus, load_collection
 from hf_distill.errors import InputError
-from hf_distill.models import CrossEncoderRanker, DenseRetriever
+from hf_distill.models import CrossEncoderRanker, DenseRetriever, use_attention
 from hf_distill.retrieval import EmbeddingStore, InferenceModel, choose_dtype, encode_table, encode_texts
 from hf_distill.retrieval.encode import encode_job
 from hf_distill.retrieval.inference import pad_batch, plan_batches
@@ -114,6 +114,7 @@ def test_no_texts_are_no_vectors(model):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_training_model_stays_as_it_is(wide_bert, dtype):
     model = wide_bert().train()
+    use_attention(model, "eager")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     fingerprint, attention = model.weights_fingerprint(), model.backbone.config._attn_implementation
     encode_texts(model, ["one text", "another longer text"], dtype=dtype)

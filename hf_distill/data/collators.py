@@ -38,6 +38,7 @@ def token_batch(
     padding_side: str = "right",
     num_chunks: int = 1,
     token_type_ids: Sequence[Sequence[int]] | None = None,
+    even: bool = False,
 ) -> TokenBatch:
     """Sorts texts by length and cuts them into chunks, each padded to its own longest text.
 
@@ -51,11 +52,14 @@ def token_batch(
         padding_side: `"right"` or `"left"`.
         num_chunks: How many chunks.
         token_type_ids: Segment ids of the same lengths, for cross-encoders that want them.
+        even: Cut into chunks of equally many texts (but for one), so that none has more than `ceil(T / num_chunks)`,
+            whatever the padding.
     """
     lengths = np.array([len(ids) for ids in features], np.int64)
     order = np.argsort(lengths, kind="stable")
     chunks = []
-    for places in np.split(order, chunk_cuts(lengths[order], num_chunks)) if len(order) else []:
+    cuts = even_cuts(len(order), num_chunks) if even else chunk_cuts(lengths[order], num_chunks)
+    for places in np.split(order, cuts) if len(order) else []:
         width = int(lengths[places].max())
         chunk = {
             "input_ids": np.full((len(places), width), pad_id, np.int64),
@@ -76,15 +80,19 @@ def token_batch(
     return {"chunks": chunks, "inverse": torch.from_numpy(inverse)}
 
 
+def even_cuts(count: int, num_chunks: int) -> list[int]:
+    """Where to cut `count` texts into `min(num_chunks, count)` chunks that differ by one text at the most."""
+    wanted = _number_of_chunks(count, num_chunks)
+    return [count * number // wanted for number in range(1, wanted)]
+
+
 def chunk_cuts(lengths: np.ndarray, num_chunks: int) -> list[int]:
     """Where to cut ascending `lengths` into `min(num_chunks, T)` chunks with the fewest cells *texts × longest*.
 
     An exact dynamic programme over the distinct lengths (under a millisecond for a batch). Where there are fewer
     distinct lengths than chunks, the chunks with the most cells are halved.
     """
-    if num_chunks < 1:
-        raise InputError(f"{num_chunks} is not a number of chunks", where="num_chunks", cure="Use 1 or more")
-    wanted = min(num_chunks, len(lengths))
+    wanted = _number_of_chunks(len(lengths), num_chunks)
     widths, counts = np.unique(lengths, return_counts=True)
     ends = np.cumsum(counts)
     begins = ends - counts
@@ -111,6 +119,12 @@ def chunk_cuts(lengths: np.ndarray, num_chunks: int) -> list[int]:
     return sorted(cuts)
 
 
+def _number_of_chunks(count: int, num_chunks: int) -> int:
+    if num_chunks < 1:
+        raise InputError(f"{num_chunks} is not a number of chunks", where="num_chunks", cure="Use 1 or more")
+    return min(num_chunks, count)
+
+
 class RetrievalCollator:
     """Looks up, renders and tokenises the texts of a batch of [`~hf_distill.data.negatives.Example`].
 
@@ -123,6 +137,7 @@ class RetrievalCollator:
             dropout, for fidelity to code that does.
         num_chunks: Chunks of similar length per token batch: one number, or one for each of `"query"`, `"passage"` and
             `"pair"`.
+        even_chunks: Chunks of equally many texts instead of the least padding: what one chunk takes is then bounded.
         max_positives: Width of `positive_ids`, so that all processes have equal shapes
             (`TrainingRows.max_positives`); without it, the most in the batch.
         stores: Cached embeddings per teacher, *(queries', passages')*, looked up by position.
@@ -146,11 +161,12 @@ class RetrievalCollator:
         *,
         deduplicate: bool = True,
         num_chunks: int | Mapping[str, int] = 1,
+        even_chunks: bool = False,
         max_positives: int | None = None,
         stores: Mapping[str, tuple[Any, Any]] | None = None,
     ):
         self.queries, self.corpus, self.encoders, self.stores = queries, corpus, dict(encoders), dict(stores or {})
-        self.deduplicate, self.max_positives = deduplicate, max_positives
+        self.deduplicate, self.max_positives, self.even_chunks = deduplicate, max_positives, even_chunks
         kinds = ("query", "passage", "pair")
         self.num_chunks = num_chunks if isinstance(num_chunks, Mapping) else dict.fromkeys(kinds, num_chunks)
         # With equal renderings under every template, two documents are the same text for every model.
@@ -210,7 +226,11 @@ class RetrievalCollator:
     ) -> dict[str, TokenBatch]:
         query_texts = queries["texts"][0]
         passage_texts = passages["texts"][self.templates.index(processor.template)]
-        shape = {"pad_id": processor.pad_token_id, "padding_side": processor.padding_side}
+        shape = {
+            "pad_id": processor.pad_token_id,
+            "padding_side": processor.padding_side,
+            "even": self.even_chunks,
+        }
         if processor.kind == "cross":
             per_query = len(passage_index) // len(query_index)
             features, segments = processor.pairs(

@@ -20,11 +20,12 @@ from ..errors import InputError
 from ..files import staged_files
 from . import layouts
 from .candidates import CANDIDATES, arrange, candidate_scores
-from .dropout import FastDropout
+from .dropout import has_dropout
 from .layer_scores import LayerTokens, check_layers, vector_layer_scores
 from .loading import position_offset, quiet_transformers
 from .memory import return_freed_memory
 from .processing import DEFAULT_TEMPLATE, TextProcessor
+from .products import FastOnCpu
 from .source import ModelSource
 
 
@@ -79,6 +80,7 @@ class RetrievalModel(PreTrainedModel):
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _drops = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -177,11 +179,15 @@ class RetrievalModel(PreTrainedModel):
     def train(self, mode: bool = True) -> RetrievalModel:
         """Sets training or inference mode; on a CPU this also chooses the attention that is fastest there."""
         super().train(mode)
+        self._drops = mode and has_dropout(self)
+        if not mode:
+            self._attend("sdpa")
+        return self
+
+    def _attend(self, implementation: str) -> None:
         usual = all(plain_model(tower).config._attn_implementation in _USUAL for tower in self.towers.values())
         if usual and self.device.type == "cpu":
-            # The backward pass of PyTorch's fused attention runs at a tenth of the eager one's speed on CPUs.
-            use_attention(self, "eager" if mode else "sdpa")
-        return self
+            use_attention(self, implementation)
 
     @property
     def _no_split_modules(self) -> list[str]:
@@ -220,6 +226,10 @@ class RetrievalModel(PreTrainedModel):
     def _maybe_recompute(self, function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
         if not self.training:
             return function(*arguments)
+        # On CPUs the backward pass of PyTorch's fused attention is slow in half precision, a tenth of the eager one's
+        # speed, and dropout keeps it from being fused; in float32 without dropout it is the faster one.
+        precise = self.dtype == torch.float32 and not torch.is_autocast_enabled(self.device.type)
+        self._attend("sdpa" if precise and not self._drops else "eager")
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(_recomputed, function, *arguments, use_reentrant=False, preserve_rng_state=True)
         return _train(function, *arguments)
@@ -419,7 +429,7 @@ class RetrievalModel(PreTrainedModel):
 
 
 def _train(function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
-    with FastDropout():
+    with FastOnCpu():
         return function(*arguments)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from ..errors import InputError
 
@@ -18,8 +16,8 @@ from ..errors import InputError
 _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
-class FastDropout(TorchFunctionMode):
-    """Within it, dropout on a CPU costs a fifth of what it costs in torch, which draws a mask's numbers one by one.
+def fast_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """[`torch.nn.functional.dropout`] at a fifth of its cost on a CPU, where torch draws a mask's numbers one by one.
 
     A mask is made of raw random bits, 16 or 32 for a number, as wide as the numbers themselves: those below a
     threshold are dropped. The probability is thereby rounded to a multiple of 2^-16 (2^-32 in float32) and the scale
@@ -27,12 +25,6 @@ class FastDropout(TorchFunctionMode):
     random state brings it back, for a resumed run and for recomputed activations alike. Dropout inside fused
     attention and on other devices stays torch's.
     """
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return (_dropout if func is F.dropout else func)(*args, **(kwargs or {}))
-
-
-def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
     if not training or inplace or not 0 < p < 1 or input.device.type != "cpu" or input.dtype not in _BITS:
         return F.dropout(input, p, training, inplace)
     return input * dropout_mask(input.shape, input.dtype, p)
@@ -63,7 +55,18 @@ def set_dropout(model: nn.Module, probability: float) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = float(probability)
-        # Attention functions take their probability from a plain number of the layer's.
-        for name, value in list(vars(module).items()):
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, float(probability))
+        for name in _numbers(module):
+            setattr(module, name, float(probability))
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a model in training drops anything."""
+    return any(
+        module.p > 0 if isinstance(module, nn.Dropout) else any(value > 0 for value in _numbers(module).values())
+        for module in model.modules()
+    )
+
+
+def _numbers(module: nn.Module) -> dict[str, float]:
+    """The probabilities that attention functions take from plain numbers of their layer."""
+    return {name: value for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ _TRAINING = 3
 _DEFAULTS = {"per_device_train_batch_size": 32, "num_negatives": 7, "num_train_epochs": 1}
 _MINED = {"mine_negatives": 30, "mine_depth": 200}
 _RANKER_DEPTH = 100
+# Tokens that a pre-training predicts, and layers of its decoder.
+_PREDICTED, _PREDICTED_AGAIN, _DECODER_LAYERS = 0.3, 0.5, 2
 
 
 @dataclass(frozen=True)
@@ -42,18 +44,22 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Model:
-    """Operations of a forward per token, whether it reads pairs, and its longest text if that is known."""
+    """Operations of a forward per token, whether it reads pairs, its longest text if that is known, and of a token's
+    forward what a layer and what the logits of the vocabulary take."""
 
     flops: float
     pairs: bool = False
     length: int | None = None
+    layer: float = 0.0
+    head: float = 0.0
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any], layers: int | None) -> Model:
         width = config.get("hidden_size") or config.get("dim") or config.get("n_embd") or 768
         inner = config.get("intermediate_size") or config.get("hidden_dim") or 4 * width
         depth = layers or config.get("num_hidden_layers") or config.get("n_layers") or config.get("n_layer") or 12
-        return cls(2.0 * depth * (4 * width * width + 2 * width * inner))
+        layer = 2.0 * (4 * width * width + 2 * width * inner)
+        return cls(depth * layer, layer=layer, head=2.0 * width * config.get("vocab_size", 0))
 
 
 class Cost:
@@ -88,14 +94,25 @@ class Cost:
         return self._measuring(model, stage, sizes)
 
     def _score(self, stage: Stage, sizes: Sizes) -> float:
+        if not self._model(stage.settings["model"]).pairs:
+            return self._measuring(stage.settings["model"], stage, sizes)
         return self._pairs(stage, sizes, stage.settings["rows"]) * self._pair_flops(stage.settings["model"], sizes)
 
     def _train(self, stage: Stage, sizes: Sizes) -> float:
-        ranker = stage.settings.get("kind") == "cross_encoder"
-        length = stage.settings.get("passage_length")
-        model = self._model(stage.settings["model"], stage.settings.get("layers"), ranker, length)
+        kind, length = stage.settings.get("kind"), stage.settings.get("passage_length")
+        model = self._model(stage.settings["model"], stage.settings.get("layers"), kind, length)
         readings = 1 if stage.stages_in(stage.settings["model"]) else 2
         return self._training(stage, sizes, model) + readings * self._reading(model, stage, sizes)
+
+    def _pretrain(self, stage: Stage, sizes: Sizes) -> float:
+        settings = stage.settings
+        model = self._model(settings["model"], kind="dense", length=settings.get("passage_length"))
+        layers = settings.get("decoder_layers", _DECODER_LAYERS)
+        token = _TRAINING * (model.flops + _PREDICTED * model.head)
+        if layers:
+            # For the bottleneck, logits of every token are looked at once; the backward pass needs few of them.
+            token += model.head + _TRAINING * (layers * model.layer + _PREDICTED_AGAIN * model.head)
+        return self._rows_read(stage, sizes.passages) * self._tokens(model, sizes) * token
 
     def _distill(self, stage: Stage, sizes: Sizes) -> float:
         student = self._model(stage.settings["student"])
@@ -140,13 +157,18 @@ class Cost:
 
     def _texts(self, stage: Stage) -> float:
         """Passages read in a training."""
+        rows = self._rows_read(stage, self._collection(stage.settings.get("data")).queries)
+        return rows * (1 + stage.settings.get("num_negatives", _DEFAULTS["num_negatives"]))
+
+    @staticmethod
+    def _rows_read(stage: Stage, rows: int) -> float:
+        """How many rows all steps of a training take, of so many that there are."""
         value = {**_DEFAULTS, **stage.settings}
         steps = value.get("max_steps") or 0
         batch = value["per_device_train_batch_size"] * value.get("gradient_accumulation_steps", 1)
         if steps <= 0:
-            sizes = self._collection(value.get("data"))
-            steps = max(1, sizes.queries // batch) * float(value["num_train_epochs"])
-        return steps * batch * (1 + value["num_negatives"])
+            steps = max(1, rows // batch) * float(value["num_train_epochs"])
+        return steps * batch
 
     def _training(self, stage: Stage, sizes: Sizes, model: Model) -> float:
         return _TRAINING * self._texts(stage) * self._tokens(model, sizes) * model.flops
@@ -165,21 +187,24 @@ class Cost:
         return self._tokens(ranker, sizes) * ranker.flops
 
     # ---- what stages stand on ----
-    def _model(self, origin: str, layers: Any = None, pairs: bool = False, length: int | None = None) -> Model:
-        """The model that a field names, followed through the stages that make it."""
+    def _model(self, origin: str, layers: Any = None, kind: str | None = None, length: int | None = None) -> Model:
+        """The model that a field names, followed through the stages that make it; the last one says its kind."""
         layers = None if layers is None else _number_of_layers(str(layers))
         for name, stage in self.recipe.stages.items():
             if origin == f"${{{name}}}":
                 settings = stage.settings
-                pairs = pairs or settings.get("kind") == "cross_encoder"
+                kind = kind or settings.get("kind") or ("lexical" if stage.kind.verb == "pretrain" else None)
                 below = settings.get("model") or settings["student"]
                 length = length or settings.get("passage_length")
-                return self._model(below, layers or settings.get("layers"), pairs, length)
+                return self._model(below, layers or settings.get("layers"), kind, length)
         from ..models.source import find_model
 
-        folder = find_model(origin).folder
-        model = Model.of_config(read_json(folder / "config.json"), layers)
-        return Model(model.flops, pairs, length)
+        config = read_json(find_model(origin).folder / "config.json")
+        if kind is None and "SequenceClassification" in str(config.get("architectures")):
+            kind = "cross_encoder"
+        model = Model.of_config(config, layers)
+        flops = model.flops + model.head * (kind == "lexical")
+        return replace(model, flops=flops, pairs=kind == "cross_encoder", length=length)
 
     def _collection(self, data: Any) -> Sizes | None:
         if data not in self._sizes:
@@ -222,7 +247,7 @@ def machine_speed() -> float:
     """Operations a second that a model reaches here, from a short measurement of matrix products."""
     import torch
 
-    from ..retrieval.packing import product
+    from ..models.products import product
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

@@ -12,7 +12,7 @@ import torch
 
 from ..console import get_logger, progress
 from ..errors import InputError
-from .packing import product
+from ..models.products import product
 from .shards import ShardedJob
 from .store import EmbeddingStore
 

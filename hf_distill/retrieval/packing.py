@@ -62,14 +62,6 @@ def pack_linears(model: nn.Module, rows: int) -> int:
     return count
 
 
-def product(queries: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """`queries [q, D] @ vectors.T [D, c]` in float32, by oneDNN on x86 CPUs: torch's own choice there is a library
-    that is half as fast on processors of another maker."""
-    if queries.device.type == "cpu" and packing_works(torch.float32):
-        return torch.ops.mkldnn._linear_pointwise(queries, vectors, None, "none", [], "")
-    return queries @ vectors.T
-
-
 def _following_gelu(module: nn.Module) -> str | None:
     """The form of the GELU after `dense` in the intermediate layer of BERT and its family."""
     activation = getattr(module, "intermediate_act_fn", None)

@@ -184,6 +184,7 @@ class BaseTrainer(PublishingTrainer):
             {STUDENT: model.processor(), **encoders},
             deduplicate=args.deduplicate,
             num_chunks={"query": query_chunks, "passage": passage_chunks, "pair": passage_chunks},
+            even_chunks=bool(args.gradient_cache_size),
             max_positives=dataset.max_positives,
             stores=stores,
         )
