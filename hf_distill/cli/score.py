@@ -108,7 +108,7 @@ def open_teacher(name: str, revision: str | None, length: int | None) -> Retriev
 
 
 def announce(model: RetrievalModel, rows: RowSet, collection: Collection, encode: Mapping[str, Any]) -> None:
-    """Says how many pairs will be scored, and about how long that takes."""
+    """Says how many pairs will be scored, about how long that takes, and what it costs in hours of a device."""
     from accelerate import PartialState
 
     from ..retrieval import estimate_seconds
@@ -116,9 +116,9 @@ def announce(model: RetrievalModel, rows: RowSet, collection: Collection, encode
     pairs, processes = int(rows.lengths.sum()), PartialState().num_processes
     seconds = estimate_seconds(model, collection, pairs, pairs=True, **encode)
     logger.info(
-        "scoring %s pairs of %s queries with %s: about %s on %d process%s",
+        "scoring %s pairs of %s queries with %s: about %s on %d process%s, %s device hours in all",
         f"{pairs:,}", f"{len(rows):,}", model.name_or_path, duration(seconds), processes,
-        "es" if processes > 1 else "",
+        "es" if processes > 1 else "", f"{seconds * processes / 3600:.2g}",
     )  # fmt: skip
 
 
