@@ -32,7 +32,7 @@ def main(path: str) -> None:
 
             hf_distill(settings["command"])  # the last job: it leaves the process group
             return
-        train(settings)
+        golden_steps(settings) if settings.get("golden") else train(settings)
     leave()
 
 
@@ -62,7 +62,11 @@ def train(settings: dict[str, Any]) -> None:
     rows = open_rows(settings["rows"], settings["collection"])
     teacher, ranker = open_teacher(settings["teacher"]), open_ranker(settings["ranker"])
     torch.manual_seed(0)
-    if settings.get("lexical"):
+    dtypes: set[str] = set()
+    if settings.get("untied"):
+        student = DenseRetriever.from_pretrained(settings["teacher"], tied=False)
+        note_dtypes(student, dtypes)
+    elif settings.get("lexical"):
         student = LexicalRetriever.from_pretrained(settings["teacher"], new_head="random", pooled_tokens="text")
     else:
         student = student_from("layers:2", teacher)
@@ -88,12 +92,46 @@ def train(settings: dict[str, Any]) -> None:
             "sharded": is_sharded(trainer.model),
             "history": [entry for entry in history if "loss" in entry],
             "measures": [entry["eval_nDCG@10"] for entry in history if "eval_nDCG@10" in entry],
+            "score_dtypes": sorted(dtypes),
             "weights": {name: tensor.double().sum().item() for name, tensor in whole.state_dict().items()},
             "teachers_are_plain": not any(
                 is_sharded(model) or model.training or any(one.requires_grad for one in model.parameters())
                 for model in live
             ),
         }
+        write_json(settings["result"], seen)
+
+
+def note_dtypes(student: DenseRetriever, dtypes: set[str]) -> None:
+    """Notes in which precision the loss gets the scores."""
+    batch_scores = student.batch_scores
+
+    def noted(*arguments: Any) -> torch.Tensor:
+        scores = batch_scores(*arguments)
+        dtypes.add(str(scores.dtype))
+        return scores
+
+    student.batch_scores = noted
+
+
+def golden_steps(settings: dict[str, Any]) -> None:
+    """The golden step of gradient caching with the batch shared by all processes, under DDP."""
+    import numpy as np
+    from accelerate import PartialState
+    from test_models_gradient_caching_golden import CHUNKS, GOLDEN, Towers, step
+
+    state, golden, seen = PartialState(cpu=True), np.load(GOLDEN), {"world_size": world_size()}
+    for tag in ("tied", "untied"):
+        for name, chunks in CHUNKS.items():
+            model = torch.nn.parallel.DistributedDataParallel(Towers(golden, tag))
+            loss, scores = step(model, golden, chunks)
+            gradients = {
+                f"{tower}.{part}": weight.grad.tolist()
+                for tower, weights in model.module.named_children()
+                for part, weight in weights.named_parameters()
+            }
+            seen[f"{tag}-{name}"] = {"loss": loss, "scores": scores.tolist(), "gradients": gradients}
+    if state.is_main_process:
         write_json(settings["result"], seen)
 
 

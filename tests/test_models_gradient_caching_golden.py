@@ -33,12 +33,17 @@ class Tower(nn.Module):
 class Towers(nn.Module):
     """One or two towers that encode in chunks, each recomputed in the backward pass as `RetrievalModel` does it."""
 
+    dtype, device, _drops = torch.float32, torch.device("cpu"), False
+
     def __init__(self, golden, tag):
         super().__init__()
         weights = {key.removeprefix(f"{tag}.W."): golden[key] for key in golden.files if key.startswith(f"{tag}.W.")}
         self.lm_q = Tower(weights, "lm_q")
         self.lm_p = Tower(weights, "lm_p") if tag == "untied" else self.lm_q
         self.recompute = False
+
+    def _attend(self, implementation):
+        """There is no attention to choose."""
 
     def forward(self, queries, passages, chunks):
         self.recompute = chunks is not None

@@ -17,6 +17,8 @@ from filelock import FileLock
 
 from hf_distill.data import RowSet, load_collection
 
+from .test_models_gradient_caching_golden import CHUNKS, GOLDEN
+
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -124,6 +126,16 @@ def job(models: dict[str, str], folder: Path, processes: int, loss: str, way: st
     }
 
 
+def two_towers(models: dict[str, str], folder: Path, processes: int) -> list[dict]:
+    """Trainings of a query tower and a passage tower on the passages of all processes, in both precisions."""
+    return [
+        job(models, folder, processes, "contrastive_global", way, name=f"towers-{precision}-{way}", untied=True,
+            arguments={"bf16": precision == "bf16"} | WAYS[way])
+        for precision in ("float32", "bf16")
+        for way in ("plain", "cached")
+    ]  # fmt: skip
+
+
 def life(models: dict[str, str], folder: Path, processes: int) -> list[dict]:
     """A training with evaluations and a checkpoint, and one that goes on from the checkpoint.
 
@@ -168,7 +180,7 @@ def run_jobs(jobs: list[dict], folder: Path, config: str | None) -> dict[str, di
 def one_process(tmp_path_factory, models):
     folder = common_folder(tmp_path_factory, "one")
     jobs = [job(models, folder, 1, loss, way) for loss, way in MATRIX]
-    return run_jobs([*jobs, *life(models, folder, 1)], folder, None)
+    return run_jobs([*jobs, *two_towers(models, folder, 1), *life(models, folder, 1)], folder, None)
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +190,8 @@ def two_processes(tmp_path_factory, models):
     for name, way in (("divided", "plain"), ("divided_cached", "cached")):
         jobs.append(job(models, folder, 2, "kl_global", way, name=name, fully_shard=True, export=True))
     jobs.append(job(models, folder, 2, "kl_global", name="whole", export=True))
+    jobs += two_towers(models, folder, 2)
+    jobs.append({"golden": True, "result": str(folder / "golden.json")})
     return {"folder": folder, **run_jobs(jobs, folder, "multi_cpu")}
 
 
@@ -221,6 +235,39 @@ def test_processes_accumulation_and_caching_change_nothing(loss, way, one_proces
     assert two["engine"] == "DistributedDataParallel"
     assert_same_training(reference, one_process[f"{loss}-{way}"])
     assert_same_training(reference, two)
+
+
+def test_the_golden_steps_of_gradient_caching_shared_by_two_processes(two_processes):
+    seen = two_processes["golden"]
+    assert seen.pop("world_size") == 2 and len(seen) == 2 * len(CHUNKS)
+    golden = np.load(GOLDEN)
+    for name, found in seen.items():
+        tag = name.partition("-")[0]
+        assert found["loss"] == pytest.approx(float(golden[f"{tag}.loss"]), abs=1e-5), name
+        assert 2 * found["loss"] == pytest.approx(float(golden[f"{tag}.ddp2.raw_loss_rank0"]), abs=2e-5), name
+        assert 2 * found["loss"] == pytest.approx(float(golden[f"{tag}.ddp2_gc.raw_loss_rank0"]), abs=2e-5), name
+        np.testing.assert_allclose(found["scores"], golden[f"{tag}.scores"], atol=1e-5, err_msg=name)
+        prefix = f"{tag}.grad."
+        stored = {key.removeprefix(prefix): golden[key] for key in golden.files if key.startswith(prefix)}
+        assert set(found["gradients"]) == set(stored)
+        for weight, gradient in stored.items():
+            np.testing.assert_allclose(found["gradients"][weight], gradient, atol=2e-6, err_msg=f"{name} {weight}")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_two_towers_cached_on_two_processes(precision, one_process, two_processes):
+    """Untied towers, gradient caching and the passages of all processes together, the scores in float32."""
+    reference = one_process[f"towers-{precision}-plain"]
+    assert any(name.startswith("passage") for name in reference["weights"])
+    for seen in (one_process[f"towers-{precision}-cached"], two_processes[f"towers-{precision}-cached"]):
+        assert seen["score_dtypes"] == reference["score_dtypes"] == ["torch.float32"]
+        if precision == "float32":
+            assert_same_training(reference, seen)
+            continue
+        # Rounding in bf16 depends on the shapes of batches; Adam makes as much of a small gradient as of a large one.
+        for ours, theirs in zip(reference["history"], seen["history"], strict=True):
+            assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-3)
+            assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-2)
 
 
 @needs_deepspeed
