@@ -8,6 +8,7 @@ import pytest
 
 from hf_distill.cli.main import main
 from hf_distill.models import LexicalRetriever, load_model
+from tests.hub_client import verb
 from tests.model_zoo import save_tiny
 from tests.test_cli_runs import refusal
 
@@ -93,7 +94,9 @@ def test_from_pretraining_to_a_dense_student(world):
     logged = next(entry for entry in history if "flops" in entry)
     assert {"contrastive", "flops", "active_terms_query", "active_terms_passage", "expected_flops"} <= set(logged)
     card = (world["root"] / "lexical" / "README.md").read_text()
-    assert "SparseEncoder" in card
+    assert "SparseEncoder" in card and "an inverted index finds" in card and "- sparse\n" in card
+    card = (world["root"] / "led" / "README.md").read_text()
+    assert "trained with LED" in card and "2208.13661" in card and "SentenceTransformer" in card
     history = json.loads((world["root"] / "led" / "history.json").read_text())
     assert any("rank_consistency" in entry for entry in history)
 
@@ -104,6 +107,7 @@ def test_a_pretrained_model_says_what_it_is(world):
         folder = world["root"] / name
         card = (folder / "README.md").read_text()
         assert "AutoModelForMaskedLM" in card and "library_name: transformers" in card and "LexMAE" in card
+        assert "a distribution over the vocabulary" in card
         manifest = json.loads((folder / "run_manifest.json").read_text())
         assert manifest["training"]["steps"] == 3 and manifest["training"]["decoder_loss"] > 0
 
@@ -143,6 +147,24 @@ def test_the_recipes_can_be_run(recipe, profile, micro, tiny_tokenizer, tmp_path
     main([*command, "--output_dir", str(tmp_path / "out")])
     shown = capsys.readouterr().out
     assert "stage_3" in shown if recipe == "lexmae" else "led_ranker" in shown
+
+
+@pytest.mark.slow
+def test_texts_of_the_hub_are_read_as_they_come(hub, hub_client, micro, tiny_tokenizer, tmp_path):
+    """A data set of the Hub gives the weights that the same file here gives."""
+    texts = "".join(json.dumps({"text": json.loads(line)["text"]}) + "\n" for line in (micro / "corpus.jsonl").open())
+    hub.add_repo("alice/texts", {"train.jsonl": texts.encode()}, kind="dataset")
+    (tmp_path / "train.jsonl").write_text(texts)
+    start = save_tiny(tmp_path / "start", "bert", tiny_tokenizer, head="MaskedLM", layers=2)
+    words = ["pretrain", "--model", start, "--passage_length", "16", "--use_cpu", "true", "--report_to", "none"]
+    words += ["--per_device_train_batch_size", "8", "--max_steps", "12"]  # more than the texts once
+    weights = []
+    for number, stream in enumerate(("alice/texts", tmp_path / "train.jsonl")):
+        out = tmp_path / str(number)
+        assert hub_client(verb, *words, "--stream", stream, "--output_dir", out) == (0, "")
+        weights.append([(out / f"{part}.safetensors").read_bytes() for part in ("model", "training_modules")])
+    assert weights[0] == weights[1]
+    assert any("train.jsonl" in request.path for request in hub.requests)
 
 
 def test_what_is_refused(micro, tiny_bert, tmp_path, capsys):

@@ -22,7 +22,9 @@ from hf_distill.data.masking import (
 )
 from hf_distill.errors import InputError
 from hf_distill.models import DenseRetriever, LexicalRetriever, LexMAEForPreTraining, load_model, set_dropout
+from hf_distill.models.lexical import pooled_mask
 from hf_distill.models.lexmae import LexMAEConfig
+from hf_distill.models.token_maximum import token_maximum
 from tests.model_zoo import TEXTS, save_tiny, tokenizer_for
 from tests.test_losses_golden import GOLDEN
 
@@ -100,7 +102,14 @@ def test_a_pretraining_step_is_the_original_one(step):
     np.testing.assert_allclose(output.bottleneck.detach(), case["bottleneck"], atol=1e-6)
     attended = batch["attention_mask"].bool()
     decoded = model.decode(output.bottleneck, batch["decoder_ids"], batch["attention_mask"])
-    np.testing.assert_allclose(decoded[attended].detach(), case["dec_h2"][attended], atol=1e-5)
+    matrix = model.backbone.get_input_embeddings().weight
+    states = {
+        "enc_logits": model.backbone(batch["input_ids"], batch["attention_mask"]).logits,
+        "dec_h2": decoded,
+        "dec_logits": model.training_modules["decoder_head"](decoded, matrix),
+    }
+    for name, found in states.items():
+        np.testing.assert_allclose(found[attended].detach(), case[name][attended], atol=1e-5, err_msg=name)
     for losses, stored in ((("encoder_loss", "decoder_loss"), "grad_total"), (("decoder_loss",), "grad_dec_only")):
         model.zero_grad()
         output = model(**batch)
@@ -126,6 +135,22 @@ def test_bottlenecks_of_the_original():
         )
         found = LexMAEForPreTraining.bag_of_words(model, case["pooled"])
         torch.testing.assert_close(found, case[stored], atol=1e-6, rtol=1e-5)
+    # The maximum over text tokens; the last text has none.
+    logits = torch.nn.Linear(120, 120, bias=False)
+    logits.weight.data = torch.eye(120)
+    text = pooled_mask(case["input_ids"], case["attention_mask"], "text", (101, 102))
+    torch.testing.assert_close(token_maximum(logits, case["logits"], text), case["pooled"])
+
+
+def test_the_first_hidden_state_as_bottleneck(folder):
+    model = LexMAEForPreTraining.from_pretrained(folder, bottleneck="cls", passage_length=40)
+    batch = collator_for(model)([TextExample(0, 0, TEXTS[0])])["tokens"]["student"]
+    with torch.no_grad():
+        states = model.backbone.bert(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    output = model(**batch)
+    torch.testing.assert_close(output.bottleneck, states.last_hidden_state[:, 0])
+    output.decoder_loss.backward()
+    assert model.backbone.get_output_embeddings().bias.grad is None, "the head has no part in it"
 
 
 def test_masks_of_the_original():

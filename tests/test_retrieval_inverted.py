@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +23,9 @@ from hf_distill.models import LexicalRetriever
 from hf_distill.retrieval import InferenceModel, Searcher, encode_table, encode_texts, mine, score_rows, search
 from hf_distill.retrieval import inverted as module
 from hf_distill.retrieval.inverted import InvertedIndex, parse_factory, quantise
+from hf_distill.retrieval.pisa import PisaIndex, write_pisa
 from hf_distill.retrieval.score import score_pairs
+from hf_distill.retrieval.searching import check_factory
 from hf_distill.retrieval.sparse_export import export_anserini, export_ciff
 from tests.test_losses_golden import GOLDEN
 
@@ -113,6 +118,7 @@ def test_many_segments_and_far_more_than_k(monkeypatch):
 
 def test_descriptions_of_indexes():
     assert (parse_factory("Flat"), parse_factory("Impact"), parse_factory("Impact; scale=50")) == (None, 100, 50)
+    assert parse_factory("Pisa;scale=1000") == 1000
     for wrong in ("IVF10,Flat", "Impact;scale=0", "Impact;size=3", "Flat;nprobe=1"):
         with pytest.raises(InputError, match="no index of a lexical model"):
             parse_factory(wrong)
@@ -121,6 +127,82 @@ def test_descriptions_of_indexes():
     index = InvertedIndex.build(sparse(3, 4, 1.0, 0))
     with pytest.raises(InputError, match="queries over 5 terms for an index over 4"):
         index.search(sparse(1, 5, 1.0, 0), 2)
+
+
+class StandIn:
+    """PISA as far as the adapter sees it: the same calls, by plain products, with ties in any order."""
+
+    def __init__(self, folder, stemmer, stops, threads=1):
+        assert stemmer == stops == "none", "terms are not words of English"
+        self.path = Path(folder) / "documents.json"
+
+    def toks_indexer(self, scale):
+        assert scale == 1
+        return self
+
+    def index(self, documents):
+        self.path.parent.mkdir(exist_ok=True)
+        self.path.write_text(json.dumps([[one["docno"], one["toks"]] for one in documents]))
+
+    def quantized(self, num_results, query_algorithm, toks_scale):
+        assert toks_scale == 1
+        self.number = num_results
+        return self
+
+    def transform(self, questions):
+        import pandas as pd
+
+        found = []
+        for question in questions.itertuples():
+            scored = [
+                (sum(weight * terms.get(term, 0) for term, weight in question.query_toks.items()), name)
+                for name, terms in json.loads(self.path.read_text())
+            ]
+            best = sorted((one for one in scored if one[0] > 0), reverse=True)[: self.number]
+            found += [(question.qid, name, float(score)) for score, name in best]
+        return pd.DataFrame(found, columns=["qid", "docno", "score"])
+
+
+@pytest.fixture(params=["stand-in", "PISA"])
+def pisa(request, monkeypatch):
+    """The engine, and in its place one that is always there."""
+    if request.param == "PISA":
+        return pytest.importorskip("pyterrier_pisa")
+    engine = SimpleNamespace(PisaIndex=StandIn, __spec__=SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "pyterrier_pisa", engine)
+    return engine
+
+
+def test_pisa_finds_what_the_impact_index_does(pisa, tmp_path):
+    """The same scores, exactly; a document and a query without terms; more results asked for than there are."""
+    corpus, questions = (rows.tolil() for rows in (sparse(300, 40, 0.1, 1), sparse(20, 40, 0.1, 2)))
+    corpus[7], questions[3] = 0, 0
+    corpus, questions = csr_matrix(corpus, dtype=np.float32), csr_matrix(questions, dtype=np.float32)
+    write_pisa(tmp_path / "index", corpus, 50)
+    theirs, ours = PisaIndex(tmp_path / "index", *corpus.shape, 50), InvertedIndex.build(corpus, 50)
+    for k in (1, 10, 1000):
+        scores, positions = theirs.search(questions, k)
+        expected, places = ours.search(questions, k)
+        np.testing.assert_allclose(scores, expected, rtol=1e-6)
+        # Of equal scores at the end, the engine keeps any.
+        certain = expected > expected[:, -1:]
+        assert (positions == places)[certain].all() and (positions[3] == -1).all()
+        assert ((positions < 0) == (places < 0)).all()
+
+
+def test_pisa_behind_the_same_functions(pisa, collection, model, tmp_path):
+    options = {"k": 15, "dtype": "float32", "cache_dir": tmp_path}
+    theirs, ours = (
+        search(model, collection, factory=name, **options) for name in ("Pisa;scale=80", "Impact;scale=80")
+    )
+    np.testing.assert_allclose(theirs.scores, ours.scores, rtol=1e-6)
+    assert np.mean([len(set(a) & set(b)) / 15 for a, b in zip(theirs.documents, ours.documents)]) > 0.98
+
+
+def test_pisa_is_asked_for_before_any_work(model, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"PISA is not installed.*hf_distill\[pisa\]"):
+        check_factory(model, "Pisa")
 
 
 def test_a_store_holds_what_the_model_makes(collection, model, cache):

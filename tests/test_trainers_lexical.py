@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_distill.data import RowSet, load_collection
+from hf_distill.data import Corpus, Queries, RowSet, load_collection
 from hf_distill.errors import InputError
 from hf_distill.losses import (
     contrastive_loss,
@@ -30,6 +30,7 @@ from hf_distill.trainers import (
     RetrievalTrainer,
     RetrievalTrainingArguments,
 )
+from tests.model_zoo import vectors
 from tests.test_losses_golden import Case, own
 
 
@@ -135,6 +136,27 @@ def test_weights_may_grow_with_the_square_of_the_step():
 # -------------------------------------------------------------------------------------------------------- training
 
 
+def test_positives_may_be_regularised_apart(tiny_bert, rows, tmp_path):
+    """F of the positives plus F of each query's first negative: from the batch's own representations."""
+    losses = ["contrastive", {"name": "flops", "weight": 0.3, "positives_apart": True, "query_ratio": 0.5}]
+    trainer = RetrievalTrainer(
+        lexical(tiny_bert), arguments(tmp_path, losses=json.dumps(losses), max_steps=1), rows=rows
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        output = trainer.model(**batch["tokens"]["student"])
+    passages = output.passage[batch["passage_index"]].view(8, 4, -1)
+    queries = output.query[batch["query_index"]]
+    parts = [(one.mean(0) ** 2).sum() for one in (passages[:, 0], passages[:, 1], queries)]
+    expected = 0.3 * (parts[0] + parts[1] + 0.5 * parts[2])
+    assert history_of(trainer)[0]["flops"] == pytest.approx(expected.item(), rel=1e-4)
+    alone = arguments(tmp_path, losses=json.dumps(losses), max_steps=1, num_negatives=0)
+    with pytest.raises(InputError, match="there are no negatives"):
+        RetrievalTrainer(lexical(tiny_bert), alone, rows=rows).train()
+    with pytest.raises(ValueError, match="needs passage_counts"):
+        sparsity_loss(queries, passages.flatten(0, 1), positives_apart=True)
+
+
 def test_the_log_says_how_sparse_the_model_is(tiny_bert, rows, tmp_path):
     """Against the batch's own representations, and the regulariser makes them sparser."""
     seen = {}
@@ -164,6 +186,28 @@ def test_a_weight_that_kills_all_terms_is_said(tiny_bert, rows, tmp_path, caplog
         logging.getLogger("hf_distill").propagate = True
         history_of(trainer)
     assert any("active terms on average, so nothing can be found" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("pooled_tokens", ["text", "inner", "all"])
+def test_passages_without_a_word_are_trained_on(pooled_tokens, tiny_bert, tmp_path):
+    """Empty ones and special tokens alone, as positives and negatives: no term, no gradient, and nothing breaks."""
+    texts = ["", "[SEP] [SEP]", "[CLS]", "bread needs yeast", "ships cross the sea", "  "]
+    corpus = Corpus.from_records([{"document_id": f"d{n}", "text": text} for n, text in enumerate(texts)])
+    queries = Queries.from_records([{"query_id": f"q{n}", "text": ["how is bread made", ""][n % 2]} for n in range(8)])
+    documents = [np.roll(np.arange(len(texts)), -row)[:4] for row in range(8)]
+    odd = RowSet.from_arrays(queries, corpus, np.arange(8), documents, [1] * 8)
+    model = lexical(tiny_bert, pooled_tokens=pooled_tokens, template="{text}")
+    with torch.no_grad():  # many terms
+        model.backbone.get_output_embeddings().bias.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+    history = history_of(RetrievalTrainer(model, arguments(tmp_path, max_steps=3), rows=odd))
+    assert all(np.isfinite(entry["loss"]) and np.isfinite(entry["grad_norm"]) for entry in history)
+    changed = [name for name, one in model.named_parameters() if not torch.equal(one, before[name])]
+    assert changed and all(torch.isfinite(one).all() for one in model.parameters())
+    empty = vectors(model, ["", "[SEP] [SEP]", "bread"], "passage") > 0
+    assert empty.any(1).tolist() == {"text": [False, False, True], "inner": [False, True, True]}.get(
+        pooled_tokens, [True, True, True]
+    )
 
 
 def test_logits_that_are_no_numbers_end_the_training(tiny_bert, rows, tmp_path):

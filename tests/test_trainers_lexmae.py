@@ -123,6 +123,12 @@ def test_bad_input(collection, folder, tmp_path):
     with pytest.raises(InputError, match="decoder_rate is 0.1"):
         train(folder, tmp_path / "out", collection.corpus, decoder_rate=0.1)
 
+    broken = LexMAEForPreTraining.from_pretrained(folder, passage_length=32)
+    with torch.no_grad():
+        broken.backbone.get_output_embeddings().bias[3] = float("nan")
+    with pytest.raises(InputError, match="logits are not finite: encoder_loss, decoder_loss at step 1"):
+        LexMAEPretrainer(broken, arguments(tmp_path / "out"), collection.corpus).train()
+
     def generate():
         yield {"body": "text"}
 

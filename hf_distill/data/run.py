@@ -52,15 +52,33 @@ class Run:
 
     def sorted(self, corpus: Corpus) -> Run:
         """The same results by descending score and, where scores are equal, descending document id (as trec_eval)."""
-        present, inverse = np.unique(self.documents, return_inverse=True)
-        known = present >= 0
+        rank = self._order_of_ids(corpus)
+        documents, scores = np.empty_like(self.documents), np.empty_like(self.scores)
+        for block in self._blocks():
+            found = self.documents[block]
+            values = np.where(found < 0, np.float32(-np.inf), self.scores[block])
+            order = np.lexsort((-rank[found], -values), axis=1)
+            documents[block] = np.take_along_axis(found, order, 1)
+            scores[block] = np.take_along_axis(values, order, 1)
+        return Run(self.query, documents, scores)
+
+    def _order_of_ids(self, corpus: Corpus) -> np.ndarray:
+        """`int64[documents + 1]`: the place of every document of the run among their ids; -1 for none (at the end)."""
+        seen = np.zeros(len(corpus) + 1, dtype=bool)
+        for block in self._blocks():
+            seen[self.documents[block]] = True
+        present = np.flatnonzero(seen[:-1])
         # Python compares strings by code point, which is the order of their UTF-8 bytes that trec_eval's strcmp uses.
-        by_id = sorted(zip(corpus.ids_at(present[known]), np.flatnonzero(known).tolist()))
-        rank = np.full(len(present), -1, dtype=np.int64)
-        rank[[slot for _, slot in by_id]] = np.arange(len(by_id))
-        scores = np.where(self.documents < 0, -np.inf, self.scores)
-        order = np.lexsort((-rank[inverse.reshape(self.documents.shape)], -scores), axis=1)
-        return Run(self.query, np.take_along_axis(self.documents, order, 1), np.take_along_axis(scores, order, 1))
+        by_id = sorted(zip(corpus.ids_at(present), present.tolist()))
+        rank = np.full(len(seen), -1, dtype=np.int64)
+        rank[[document for _, document in by_id]] = np.arange(len(by_id))
+        return rank
+
+    def _blocks(self) -> Iterator[slice]:
+        """Some queries at a time: what is computed of them takes little beside the results themselves."""
+        step = max(1, _LINES_AT_ONCE // max(1, self.documents.shape[1]))
+        for start in range(0, len(self), step):
+            yield slice(start, start + step)
 
     def cut(self, k: int) -> Run:
         """The best `k` documents of each query."""
@@ -130,14 +148,13 @@ class Run:
         return cls(unique, documents, scores).sorted(corpus)
 
     def _with_ids(self, queries: Queries, corpus: Corpus) -> Iterator[tuple[str, list[str], list[float]]]:
-        step = max(1, _LINES_AT_ONCE // max(1, self.documents.shape[1]))
-        for start in range(0, len(self), step):
-            documents, scores = self.documents[start : start + step], self.scores[start : start + step]
+        for block in self._blocks():
+            documents, scores = self.documents[block], self.scores[block]
             present = documents >= 0
             ids = corpus.ids_at(documents[present])
             values = scores[present].tolist()
             end = np.cumsum(present.sum(axis=1)).tolist()
-            for number, query in enumerate(queries.ids_at(self.query[start : start + step])):
+            for number, query in enumerate(queries.ids_at(self.query[block])):
                 begin = end[number - 1] if number else 0
                 yield query, ids[begin : end[number]], values[begin : end[number]]
 

@@ -35,7 +35,7 @@ CANDIDATES = ("own", "in_batch", "global")
 ANCHOR = "anchor"
 _GIVEN = {"scores", "student_scores", "teacher_scores", "anchor_scores", "student", "teacher", "representations"}
 _GIVEN |= {"student_maps", "teacher_maps", "target", "mask", "reduce"}
-_GIVEN |= {"query", "passage", "query_counts", "passage_counts"}
+_GIVEN |= {"query", "passage", "query_counts", "passage_counts", "negative_counts"}
 
 
 @dataclass(frozen=True)

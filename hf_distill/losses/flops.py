@@ -48,9 +48,11 @@ def sparsity_loss(
     passage: Tensor,
     of: str = "both",
     query_ratio: float = 0.75,
+    positives_apart: bool = False,
     *,
     query_counts: Tensor | None = None,
     passage_counts: Tensor | None = None,
+    negative_counts: Tensor | None = None,
     reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     r"""The regulariser of a lexical retriever: FLOPS of passages and of queries.
@@ -64,19 +66,25 @@ def sparsity_loss(
         passage: Float[R', V], those of the passages.
         of: `"both"`, or `"passage"` or `"query"` for one of the two alone, for weights of their own.
         query_ratio: r.
+        positives_apart: F of the positives plus F of each query's first negative, instead of F of all passages
+            (LexMAE's `strengthen_lambda`, which its recipe leaves off).
         query_counts: How many texts each row of `query` stands for; 1 by default.
-        passage_counts: The same for `passage`.
+        passage_counts: The same for `passage`; with `positives_apart`, as a positive.
+        negative_counts: With `positives_apart`, how often each row of `passage` is a first negative.
         reduce: Averages column means over processes, see [`flops_loss`].
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: If `of` is none of these.
+        ValueError: If `of` is none of these, or `positives_apart` comes without counts.
     """
     if of not in ("both", "passage", "query"):
         raise ValueError(f"of is {of!r}; it can be 'both', 'passage' or 'query'.")
-    passages = None if of == "query" else flops_loss(passage, counts=passage_counts, reduce=reduce)
+    groups = [passage_counts, negative_counts] if positives_apart else [passage_counts]
+    if positives_apart and any(counts is None for counts in groups):
+        raise ValueError("positives_apart needs passage_counts and negative_counts.")
+    passages = sum(flops_loss(passage, counts=counts, reduce=reduce) for counts in groups if of != "query")
     if of == "passage":
         return passages
     queries = flops_loss(query, counts=query_counts, reduce=reduce)

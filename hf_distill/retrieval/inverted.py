@@ -23,6 +23,8 @@ from .sparse_store import SparseStore
 INVERTED_VERSION = 1
 
 IMPACT = "Impact"
+# The same impacts, searched by another engine, see `pisa`.
+PISA = "Pisa"
 # What learned weights are multiplied by before they are rounded to impacts.
 SCALE = 100
 # Documents of a segment: their scores stay in a core's cache, and two bytes say which one is meant.
@@ -52,7 +54,8 @@ def parse_factory(factory: str) -> int | None:
     """The scale that an index's description stands for: None for floats.
 
     Args:
-        factory: `"Flat"` for weights as they are; `"Impact"` for whole numbers, or `"Impact;scale=1000"`.
+        factory: `"Flat"` for weights as they are; `"Impact"` for whole numbers, or `"Impact;scale=1000"`; `"Pisa"`,
+            also with a scale, for these in PISA.
 
     Raises:
         InputError: For anything else.
@@ -61,12 +64,15 @@ def parse_factory(factory: str) -> int | None:
     if name == "Flat" and not option:
         return None
     key, _, value = option.partition("=")
-    if name == IMPACT and (not option or (key.strip() == "scale" and value.strip().isdigit() and int(value) > 0)):
+    if name in (IMPACT, PISA) and (
+        not option or (key.strip() == "scale" and value.strip().isdigit() and int(value) > 0)
+    ):
         return int(value) if option else SCALE
     raise InputError(
         f"{factory!r} is no index of a lexical model",
         where="index",
-        cure="Use Flat (exact, weights as they are), or Impact (exact, weights times 100 as whole numbers)",
+        cure="Use Flat (exact, weights as they are), Impact (exact, weights times 100 as whole numbers), or Pisa (the "
+        "same in that engine)",
     )
 
 

@@ -17,6 +17,7 @@ from .index import EXACT, Index, empty_index
 from .inference import InferenceModel
 from .inverted import InvertedIndex, parse_factory
 from .multi_vector import TokenIndex
+from .pisa import PisaIndex, check_pisa, is_pisa
 from .shards import ShardedJob, default_shard_rows, working_folder, write_array
 
 
@@ -62,9 +63,9 @@ def search(
         collection: Anything with `queries` and `corpus`.
         query_positions: `int[n]`, the queries to search for; all by default.
         k: How many documents; the run is narrower if the corpus has fewer.
-        factory: `"Flat"` (exact); for a dense model any factory string of FAISS, for a lexical one `"Impact"`; for a
-            multi-vector model a factory string of FAISS for an index over tokens, which finds the passages that exact
-            MaxSim then ranks.
+        factory: `"Flat"` (exact); for a dense model any factory string of FAISS, for a lexical one `"Impact"` or
+            `"Pisa"`; for a multi-vector model a factory string of FAISS for an index over tokens, which finds the
+            passages that exact MaxSim then ranks.
         search_options: FAISS parameters of searching, for example `"nprobe=32"`.
         dtype: Precision of encoding.
         token_budget: Tokens of an encoding batch.
@@ -164,7 +165,7 @@ def build_index(
     device: Any = None,
     search_options: str | None = None,
     cache_dir: str | os.PathLike | None = None,
-) -> Index | InvertedIndex | TokenIndex:
+) -> Index | InvertedIndex | PisaIndex | TokenIndex:
     """The index that suits a model's vectors.
 
     Args:
@@ -176,7 +177,8 @@ def build_index(
         cache_dir: Instead of the default cache folder.
     """
     if model.representation == "sparse":
-        return InvertedIndex.build(vectors, parse_factory(factory), cache_dir=cache_dir)
+        engine = PisaIndex if is_pisa(factory) else InvertedIndex
+        return engine.build(vectors, parse_factory(factory), cache_dir=cache_dir)
     if model.representation == "tokens":
         where = model.device if device is None else device
         return TokenIndex(vectors, factory, device=where, search_options=search_options, cache_dir=cache_dir)
@@ -194,6 +196,8 @@ def check_factory(model: RetrievalModel, factory: str) -> None:
     """Raises [`InputError`] for an index that does not suit a model, before any work."""
     if model.representation == "sparse":
         parse_factory(factory)
+        if is_pisa(factory):
+            check_pisa()
     elif factory != EXACT and model.representation != "pair":
         empty_index(factory, model.token_size if model.representation == "tokens" else model.embedding_size)
 
@@ -226,13 +230,18 @@ def run_search(job: ShardedJob, rows: int, width: int, find: Any, total: int) ->
 
 def read_search(job: ShardedJob) -> tuple[np.ndarray, np.ndarray]:
     """Documents `int64[n, k]` and scores `float32[n, k]` of all shards of `run_search`."""
-    documents, scores = [], []
-    for path in job.paths():
-        packed = np.load(path, mmap_mode="r", allow_pickle=False)
-        scores.append(np.ascontiguousarray(packed[:, 0]).view(np.float32))
+    shards = [np.load(path, mmap_mode="r", allow_pickle=False) for path in job.paths()]
+    # Filled shard by shard: half a million queries have results of gigabytes, which are held once.
+    shape = (sum(len(shard) for shard in shards), shards[0].shape[2])
+    documents, scores = np.empty(shape, np.int64), np.empty(shape, np.float32)
+    start = 0
+    for packed in shards:
+        rows = slice(start, start + len(packed))
+        scores[rows] = np.ascontiguousarray(packed[:, 0]).view(np.float32)
         high, low = packed[:, 1].astype(np.int64), packed[:, 2].astype(np.int64)
-        documents.append(np.where(low < 0, -1, (high << 31) | low))
-    return np.concatenate(documents), np.concatenate(scores)
+        documents[rows] = np.where(low < 0, -1, (high << 31) | low)
+        start = rows.stop
+    return documents, scores
 
 
 def _all_or(positions: Sequence[int] | np.ndarray | None, queries: Queries) -> np.ndarray:

@@ -15,6 +15,7 @@ from ..losses.combine import LossTerm
 from ..models.lexmae import LexMAEForPreTraining
 from .arguments import LexMAETrainingArguments
 from .base import STUDENT, BaseTrainer
+from .sparsity import check_finite
 from .training_rows import data_seed
 
 
@@ -88,3 +89,7 @@ class LexMAEPretrainer(BaseTrainer):
     def loss_parts(self, model: Any, output: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         losses = {"encoder_loss": output.encoder_loss, "decoder_loss": output.decoder_loss}
         return {name: loss for name, loss in losses.items() if loss is not None}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        check_finite(logs, ("encoder_loss", "decoder_loss"), self.state.global_step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,8 +24,24 @@ def sparsity(term: LossTerm, output: Any, batch: Mapping[str, Any]) -> torch.Ten
         term: A term on `representations`.
         output: What the student's forward returned.
         batch: The collator's batch.
+
+    Raises:
+        InputError: If positives are to be kept apart from negatives and there are none.
     """
     counts = {f"{kind}_counts": _counts(output, batch, kind) for kind in ("query", "passage")}
+    if term.options.get("positives_apart"):
+        layout = batch["passage_index"].view(len(batch["query_index"]), -1)
+        if layout.shape[1] < 2:
+            raise InputError(
+                "positives_apart compares positives with first negatives, and there are no negatives",
+                where="loss 'flops'",
+                cure="Give num_negatives 1 or more, or leave positives_apart out",
+            )
+        columns = (layout[:, column] for column in (0, 1))
+        counts |= {
+            name: torch.bincount(column, minlength=len(output.passage))
+            for name, column in zip(("passage_counts", "negative_counts"), columns)
+        }
     return term.loss.function(output.query, output.passage, **term.options, **counts, reduce=mean_over_processes)
 
 
@@ -63,15 +79,20 @@ def active_terms(output: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tenso
     }
 
 
-def look_at_sparsity(logs: Mapping[str, float], terms: Mapping[str, LossTerm], step: int) -> None:
-    """Warns of a model without terms; raises [`InputError`] where logits are no numbers."""
-    broken = [name for name in terms if not math.isfinite(logs.get(name, 0.0))]
+def check_finite(logs: Mapping[str, float], names: Iterable[str], step: int) -> None:
+    """Raises [`InputError`] where a loss of masked-LM logits is no number."""
+    broken = [name for name in names if not math.isfinite(logs.get(name, 0.0))]
     if broken:
         raise InputError(
             f"the model's logits are not finite: {', '.join(broken)} at step {step}",
             where="training",
             cure="Go back to the last checkpoint with a smaller learning rate, or train in float32 or bfloat16",
         )
+
+
+def look_at_sparsity(logs: Mapping[str, float], terms: Mapping[str, LossTerm], step: int) -> None:
+    """Warns of a model without terms; raises [`InputError`] where logits are no numbers."""
+    check_finite(logs, terms, step)
     for kind in ("query", "passage"):
         if logs[f"active_terms_{kind}"] < 1:
             logger.warning(
