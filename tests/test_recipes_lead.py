@@ -10,7 +10,7 @@ from hf_distill.recipes import load_recipe
 PAPER = ("paper", "paper_12de_6de", "paper_12ce_6de", "paper_24cb_12de", "paper_document")
 
 
-@pytest.mark.parametrize("profile", [*PAPER, "small", "small_dense", "small_ranker", "smoke"])
+@pytest.mark.parametrize("profile", [*PAPER, "small", "small_dense", "small_ranker", "comparison", "smoke"])
 def test_every_profile_is_a_graph(profile):
     stages = load_recipe("lead", profile, ["data=D"]).stages
     wanted = {"first_miner", "hard", "student_warm", "teacher_warm", "lead", "response", "no_teacher", "figures"}
