@@ -84,7 +84,7 @@ def test_bad_input(micro, tiny_bert, tmp_path, capsys):
     assert "hf-distill episode" in message
 
 
-@pytest.mark.parametrize("profile", ["paper", "paper_nq", "paper_triviaqa", "small", "smoke"])
+@pytest.mark.parametrize("profile", ["paper", "paper_nq", "paper_triviaqa", "small", "ablation", "smoke"])
 def test_the_recipe_is_complete(profile, micro):
     recipe = load_recipe("ance_tele", profile, [f"data={micro}"])
     assert list(recipe.stages)[:3] == ["pool_1", "model_1", "pool_2"]
