@@ -72,6 +72,14 @@ def train_on_a_stream(folder: Path, data: str, dense: str, rows: str) -> None:
     main(["train", "--data", data, "--model", dense, "--output_dir", str(folder / "out"), *TRAINING, *flags])
 
 
+def pretrain(folder: Path, corpus: str, dense: str) -> None:
+    """LexMAE on a corpus, and then on texts that are read in order."""
+    from hf_distill.cli.main import main
+
+    for out, texts in (("out", ["--data", str(Path(corpus).parent)]), ("streamed", ["--stream", corpus])):
+        main(["pretrain", *texts, "--model", dense, "--output_dir", str(folder / out), *PRETRAINING])
+
+
 def convert(folder: Path, source: str) -> None:
     """Foreign files into our layout."""
     from hf_distill.cli.main import main
@@ -84,6 +92,10 @@ TRAINING += ["--save_steps", "2", "--eval_strategy", "no", "--report_to", "none"
 TRAINING += ["--mine_depth", "20", "--mine_negatives", "6", "--logging_steps", "4"]
 
 
+PRETRAINING = ["--use_cpu", "true", "--per_device_train_batch_size", "4", "--max_steps", "6", "--save_steps", "2"]
+PRETRAINING += ["--report_to", "none", "--logging_steps", "3", "--new_head", "identity", "--passage_length", "24"]
+
+
 def without_report(folder: Path) -> dict[str, str]:
     """All files of a result but those that have times in them."""
     return {name: digest for name, digest in digests(folder / "out").items() if not name.startswith("run_manifest")}
@@ -94,6 +106,12 @@ def weights(folder: Path) -> dict[str, bytes]:
     out = folder / "out"
     assert (out / "run_manifest.json").is_file()
     return {name: (out / name).read_bytes() for name in ("model.safetensors", "config.json", "modules.json")}
+
+
+def pretrained(folder: Path) -> dict[str, bytes]:
+    """Model and decoder of both pre-trainings."""
+    names = [f"{out}/{part}.safetensors" for out in ("out", "streamed") for part in ("model", "training_modules")]
+    return {name: (folder / name).read_bytes() for name in names}
 
 
 def _slow(source: str):
@@ -118,6 +136,7 @@ def _jobs(data: str, training_data: str, dense: str, ranker: str, rows: str, for
         "train": Job(train, 3, training, result=weights),
         "train on two processes": Job(train, 2, training, processes=2, result=weights),
         "train on a stream": Job(train_on_a_stream, 2, {**training, "rows": rows}, result=weights),
+        "pretrain": Job(pretrain, 3, {"corpus": str(Path(data) / "corpus.jsonl"), "dense": dense}, result=pretrained),
         "convert": Job(convert, 3, {"source": foreign}, result=without_report),
     }
 
@@ -135,6 +154,7 @@ KINDS = (
     "train",
     "train on two processes",
     "train on a stream",
+    "pretrain",
     "convert",
 )
 

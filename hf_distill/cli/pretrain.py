@@ -149,6 +149,7 @@ def _describe(
         summary=f"`{options.model}`, pre-trained further for lexical retrieval. Fine-tune it with "
         "`hf-distill train --kind lexical`.",
         kind="masked_lm",
+        template="student" if plain else "lexmae",
         results=f"At the end of training: {results}." if results else "Nothing.",
         training="\n".join(training),
         base_models=[] if options.fresh else [options.model],

@@ -30,13 +30,19 @@ from .sparsity import check_vocabulary
 
 logger = get_logger(__name__)
 
-# Cited where layers teach.
+# Cited where layers teach, or where a teacher's order does.
 LEAD = {
     "title": "LEAD: Liberal Feature-based Distillation for Dense Retrieval",
     "authors": "Hao Sun, Xiao Liu, Yeyun Gong, Anlei Dong, Jingwen Lu, Yan Zhang, Linjun Yang, Rangan Majumder, "
     "Nan Duan",
     "year": "2024",
     "arxiv": "2212.05225",
+}
+LED = {
+    "title": "LED: Lexicon-Enlightened Dense Retriever for Large-Scale Retrieval",
+    "authors": "Kai Zhang, Chongyang Tao, Tao Shen, Can Xu, Xiubo Geng, Binxing Jiao, Daxin Jiang",
+    "year": "2023",
+    "arxiv": "2208.13661",
 }
 
 
@@ -88,6 +94,8 @@ class DistillTrainer(JointTraining, RetrievalTrainer):
         )
         if any(term.name == "layer_alignment" for term in self.terms.values()):
             self._paper, self._tags, self._card = LEAD, (*self._tags, "lead"), "lead"
+        elif any(term.name == "rank_consistency" for term in self.terms.values()):
+            self._paper, self._tags, self._card = LED, (*self._tags, "led"), "led"
         for teacher in self.teachers.values():
             teacher.to(self.args.device)
         if self.rows is not None:

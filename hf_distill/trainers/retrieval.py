@@ -140,6 +140,8 @@ class RetrievalTrainer(BaseTrainer):
         check_terms(terms, representation=model.representation, teachers=self.teachers)
         self.prepare_model(model, terms, args.seed)
         super().__init__(self.trained_module(model), args, **kwargs)
+        if self.is_lexical and self._card == "student":
+            self._card, self._tags = "lexical", (*self._tags, "sparse")
 
     def default_losses(self) -> list[dict[str, Any]]:
         contrastive = {"name": "contrastive", "candidates": "own" if self.ranks_pairs else "global"}
