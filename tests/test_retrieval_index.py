@@ -122,6 +122,26 @@ def test_approximate_indexes(tmp_path):
             np.testing.assert_array_equal(positions, again[1])
 
 
+def test_many_lists_are_trained_on_many_vectors(monkeypatch):
+    seen, fill = [], Index._fill
+
+    def noted(self, faiss, index, train_rows, seed):
+        seen.append(train_rows)
+        return fill(self, faiss, index, min(train_rows, 100), seed)
+
+    monkeypatch.setattr(Index, "_fill", noted)
+    vectors = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
+    for factory in ("IVF4,Flat", "HNSW8,Flat"):
+        Index.build(vectors, factory)
+    Index.build(vectors, "IVF4,Flat", train_rows=50)
+    assert seen == [262_144, 262_144, 50]
+    lists = [index_module.number_of_lists(index_module.empty_index(one, 64)) for one in ("IVF16384_HNSW8,PQ4", "PQ4")]
+    assert lists == [16_384, 0]
+    monkeypatch.setattr(index_module, "_TRAIN_ROWS", 10)
+    Index.build(vectors, "IVF4,Flat")
+    assert seen[-1] == 4 * 39
+
+
 def test_what_an_approximate_index_does_not_find_is_minus_one():
     vectors = np.random.default_rng(3).normal(size=(400, 8)).astype(np.float32)
     scores, positions = Index.build(vectors, "IVF64,Flat", search_options="nprobe=1").search(vectors[:20], 100)

@@ -29,6 +29,8 @@ _QUERY_BLOCK = 2048
 _CORPUS_BLOCK = 65536
 _BLOCK_NUMBERS = 2**25
 _TRAIN_ROWS = 262144
+# As many as FAISS wants for each list of an inverted index.
+_TRAIN_ROWS_OF_A_LIST = 39
 
 
 class Index:
@@ -55,7 +57,7 @@ class Index:
         normalize: bool = False,
         device: str | torch.device | None = None,
         search_options: str | None = None,
-        train_rows: int = _TRAIN_ROWS,
+        train_rows: int | None = None,
         seed: int = 0,
         cache_dir: str | os.PathLike | None = None,
     ) -> Index:
@@ -73,7 +75,7 @@ class Index:
             normalize: Whether to compare by cosine instead of inner product.
             device: Where to search; by default a GPU if there is one.
             search_options: FAISS parameters of searching, for example `"nprobe=32"` or `"efSearch=128"`.
-            train_rows: Most vectors to train on.
+            train_rows: Most vectors to train on; by default 262,144, or 39 for each list of an inverted index.
             seed: Of the sample.
             cache_dir: Instead of the default cache folder.
 
@@ -192,9 +194,11 @@ class Index:
 
     # ------------------------------------------------------------------------------------------------------- FAISS
 
-    def _build_faiss(self, search_options: str | None, train_rows: int, seed: int, cache_dir) -> None:
+    def _build_faiss(self, search_options: str | None, train_rows: int | None, seed: int, cache_dir) -> None:
         faiss = _import_faiss()
         empty = empty_index(self.factory, self.dim)
+        if train_rows is None:
+            train_rows = max(_TRAIN_ROWS, _TRAIN_ROWS_OF_A_LIST * number_of_lists(empty))
         if isinstance(self.vectors, EmbeddingStore) and self.vectors.key:
             key = {
                 "version": INDEX_VERSION,
@@ -282,6 +286,14 @@ def empty_index(factory: str, dim: int) -> Any:
             where="index factory",
             cure="Use Flat, or a factory string such as 'HNSW32,Flat', 'IVF1024,Flat' or 'IVF4096,PQ48'",
         ) from None
+
+
+def number_of_lists(index: Any) -> int:
+    """The lists of an inverted index of FAISS; 0 for any other."""
+    try:
+        return _import_faiss().extract_index_ivf(index).nlist
+    except RuntimeError:
+        return 0
 
 
 def _best_keys(scores: torch.Tensor, k: int, first: int) -> torch.Tensor:
