@@ -27,6 +27,7 @@ from hf_distill.retrieval.pisa import PisaIndex, write_pisa
 from hf_distill.retrieval.score import score_pairs
 from hf_distill.retrieval.searching import check_factory
 from hf_distill.retrieval.sparse_export import export_anserini, export_ciff
+from tests.killing import digests
 from tests.test_losses_golden import GOLDEN
 
 
@@ -260,6 +261,26 @@ def test_search_mine_and_score(collection, model, cache):
     np.testing.assert_allclose(found, expected[pairs], rtol=1e-5)
     scores, positions = Searcher(model, collection.corpus, **options)(collection.queries.texts([0])[0], 3)
     assert positions.tolist() == run.documents[0, :3].tolist() and scores[0] == pytest.approx(run.scores[0, 0])
+
+
+def test_what_is_lost_on_the_way_is_made_again(collection, model, tmp_path, monkeypatch):
+    """Shards of vectors, segments of the index, results: a killed search leaves some, and the same bytes come out."""
+    monkeypatch.setattr(module, "SEGMENT_ROWS", 30)
+    monkeypatch.setattr("hf_distill.retrieval.searching._SHARD_QUERIES", 16)
+    monkeypatch.setattr("hf_distill.retrieval.searching.default_shard_rows", lambda rows, largest: largest)
+
+    def once() -> dict[str, str]:
+        search(model, collection, k=10, factory="Impact", dtype="float32", cache_dir=tmp_path)
+        return digests(tmp_path)
+
+    whole = once()
+    shards = sorted(path for path in tmp_path.glob("*/*/shard-*"))
+    kinds = {path.parts[-3] for path in shards}
+    assert {"inverted", "search"} < kinds and len(shards) > 6, kinds
+    for first in range(3):
+        for path in shards[first::3]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        assert once() == whole
 
 
 def test_evaluation_during_training(collection, model):
