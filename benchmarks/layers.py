@@ -59,11 +59,12 @@ def plain_passes(student: Any, teacher: Any, trainer: Any, args: Any) -> Callabl
     """Forward, backward and optimiser steps of both models on a batch, without anything between them."""
     import torch
 
-    models = [copy.deepcopy(one).train().requires_grad_(True) for one in (student, teacher)]
+    from hf_distill.models import set_dropout
+
+    models = [copy.deepcopy(one).requires_grad_(True) for one in (student, teacher)]
     for model in models:
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        set_dropout(model, 0.0)
+        model.train()
     trained = [[one for one in model.parameters() if one.requires_grad] for model in models]
     optimisers = [torch.optim.AdamW(one, lr=2e-5) for one in trained]
     batch = next(iter(trainer.get_train_dataloader()))

@@ -316,6 +316,32 @@ def test_maxsim_against_a_loop(monkeypatch):
         torch.testing.assert_close(maxsim(queries, passages, keep, query_keep), expected)
 
 
+def test_gradients_of_maxsim_against_autograd(monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    queries, passages = (torch.randn(*shape, 7, generator=generator) for shape in ((5, 3), (4, 6)))
+    keep = torch.rand(4, 6, generator=generator) < 0.5
+    keep[:, 0], keep[3] = True, False
+    query_keep = torch.rand(5, 3, generator=generator) < 0.7
+    weights = torch.randn(5, 4, generator=generator)
+    found = []
+    for dense in (True, False):
+        query, passage = queries.clone().requires_grad_(), passages.clone().requires_grad_()
+        if dense:
+            best = torch.einsum("qld,cmd->qlcm", query, passage).masked_fill(~keep, -1e9).amax(-1)
+            scores = best.masked_fill(~keep.any(-1), 0.0).masked_fill(~query_keep[..., None], 0.0).sum(1)
+        else:
+            monkeypatch.setattr(sys.modules["hf_distill.losses.maxsim"], "_CELLS", 1)
+            scores = maxsim(query, passage, keep, query_keep)
+        (scores * weights).sum().backward()
+        found.append((scores.detach(), query.grad, passage.grad))
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs)
+    # Where one side is frozen, the other still learns.
+    query = queries.clone().requires_grad_()
+    (maxsim(query, passages, keep, query_keep) * weights).sum().backward()
+    torch.testing.assert_close(query.grad, found[0][1])
+
+
 def sentence_transformers_losses():
     """name -> (their loss on [query, candidate 0, candidate 1, ...] embeddings and labels, ours)."""
     from sentence_transformers.sentence_transformer import losses

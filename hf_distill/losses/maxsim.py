@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from hf_distill.losses.numerics import full_precision
+from hf_distill.losses.numerics import full_precision, sparse_rows
 
 
 # Similarities that are held at once; queries are taken in blocks below it (256 MiB in float32).
@@ -33,15 +35,7 @@ def maxsim(
         Float[Q, C].
     """
     keep = passage_mask.bool()
-    empty = ~keep.any(-1)
-    hidden = torch.finfo(query_tokens.dtype).min / 2
-    flat = passage_tokens.flatten(0, 1)
-    block = max(1, _CELLS // max(1, query_tokens.shape[1] * len(flat)))
-    best = []
-    for queries in query_tokens.split(block):
-        similarities = (queries @ flat.T).unflatten(-1, keep.shape)  # [block, Lq, C, Ld]
-        best.append(similarities.masked_fill(~keep, hidden).max(-1).values.masked_fill(empty, 0.0))
-    scores = torch.cat(best)
+    scores = _Best.apply(query_tokens, passage_tokens, keep).masked_fill(~keep.any(-1), 0.0)
     if query_mask is not None:
         scores = scores.masked_fill(~query_mask.bool()[..., None], 0.0)
     return scores.sum(1)
@@ -70,3 +64,44 @@ def own_maxsim(
     if query_mask is not None:
         best = best.masked_fill(~query_mask.bool()[:, None], 0.0)
     return best.sum(-1)
+
+
+class _Best(torch.autograd.Function):
+    """The best similarity `[Q, Lq, C]` of each query token with a token of each passage.
+
+    Of the similarities only the best one's place is remembered. Its gradient flows into that one pair of tokens, so
+    the backward pass is two products with a matrix that has one cell for each query token and passage.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, passage: Tensor, keep: Tensor) -> Tensor:
+        flat = passage.flatten(0, 1)
+        hidden = torch.finfo(query.dtype).min / 2
+        block = max(1, _CELLS // max(1, query.shape[1] * len(flat)))
+        values, places = [], []
+        for queries in query.split(block):
+            similarities = (queries @ flat.T).unflatten(-1, keep.shape)  # [block, Lq, C, Ld]
+            best = similarities.masked_fill_(~keep, hidden).max(-1)
+            values.append(best.values)
+            places.append(best.indices.to(torch.int32))
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(query, passage, torch.cat(places))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, passage, places = ctx.saved_tensors
+        passages, length, _ = passage.shape
+        tokens = query.shape[0] * query.shape[1]
+        of_query = torch.arange(tokens, device=grad.device).repeat_interleave(passages)
+        of_passage = (places.long() + torch.arange(passages, device=grad.device) * length).flatten()
+        values = grad.flatten()
+        grad_query = grad_passage = None
+        if ctx.needs_input_grad[0]:
+            cells = sparse_rows(of_query, of_passage, values, tokens, passages * length)
+            grad_query = (cells @ passage.flatten(0, 1)).view_as(query)
+        if ctx.needs_input_grad[1]:
+            order = of_passage.argsort(stable=True)
+            cells = sparse_rows(of_passage[order], of_query[order], values[order], passages * length, tokens)
+            grad_passage = (cells @ query.flatten(0, 1)).view_as(passage)
+        return grad_query, grad_passage, None

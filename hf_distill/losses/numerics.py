@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -138,3 +139,15 @@ def target_rows(target: Tensor, mask: Tensor | None) -> Tensor:
     """Bool[Q]: rows with a known target (not -1) that the mask keeps."""
     known = target >= 0
     return known if mask is None else known & at_target(mask, target)
+
+
+def sparse_rows(rows: Tensor, columns: Tensor, values: Tensor, height: int, width: int) -> Tensor:
+    """A sparse matrix `[height, width]` from cells sorted by row, for products with dense ones."""
+    if rows.device.type == "cpu" and not torch.backends.mkl.is_available():
+        # Compressed rows are multiplied by MKL only.
+        return torch.sparse_coo_tensor(torch.stack([rows, columns]), values, (height, width), is_coalesced=True)
+    ends = torch.bincount(rows, minlength=height).cumsum(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        starts = torch.cat([ends.new_zeros(1), ends])
+        return torch.sparse_csr_tensor(starts, columns, values, (height, width), check_invariants=False)

@@ -380,10 +380,7 @@ class MultiVectorRetriever(RetrievalModel):
         query, passage = arrange(*output.layers, batch)
         masks = arrange(output.query[1], output.passage[1], batch)
         return torch.stack(
-            [
-                token_scores(query[:, number], passage[:, :, number], *masks, candidates)
-                for number in range(query.shape[1])
-            ]
+            [token_scores(*layer, *masks, candidates) for layer in zip(query.unbind(1), passage.unbind(2))]
         )
 
     def layer_tokens(self, output: Any, batch: Mapping[str, Any]) -> LayerTokens:

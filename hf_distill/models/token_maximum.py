@@ -8,13 +8,14 @@ that has one cell for each term whose gradient is not zero, and no logit is comp
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..losses.numerics import sparse_rows
 
 
 # Logits at a time: 32 MB in float32.
@@ -79,27 +80,15 @@ class _Maximum(torch.autograd.Function):
                 row, term = grad.nonzero(as_tuple=True)
                 token = row * width + places[row, term]
                 order = token.argsort(stable=True)
-                cells = _rows_of(token[order], term[order], grad[row, term][order], texts * width, terms)
+                cells = sparse_rows(token[order], term[order], grad[row, term][order], texts * width, terms)
                 grad_hidden = (cells @ weight.to(grad.dtype)).view(texts, width, size).to(selected.dtype)
             if ctx.needs_input_grad[1]:
                 term, row = grad.t().nonzero(as_tuple=True)
-                cells = _rows_of(term, row * width + places[row, term], grad[row, term], terms, texts * width)
+                cells = sparse_rows(term, row * width + places[row, term], grad[row, term], terms, texts * width)
                 grad_weight = (cells @ selected.reshape(-1, size).to(grad.dtype)).to(weight.dtype)
             if ctx.has_bias and ctx.needs_input_grad[2]:
                 grad_bias = grad.sum(0).to(weight.dtype)
         return grad_hidden, grad_weight, grad_bias, None
-
-
-def _rows_of(rows: Tensor, columns: Tensor, values: Tensor, height: int, width: int) -> Tensor:
-    """A sparse matrix `[height, width]` from cells sorted by row."""
-    if rows.device.type == "cpu" and not torch.backends.mkl.is_available():
-        # Compressed rows are multiplied by MKL only.
-        return torch.sparse_coo_tensor(torch.stack([rows, columns]), values, (height, width), is_coalesced=True)
-    ends = torch.bincount(rows, minlength=height).cumsum(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        starts = torch.cat([ends.new_zeros(1), ends])
-        return torch.sparse_csr_tensor(starts, columns, values, (height, width), check_invariants=False)
 
 
 @contextmanager

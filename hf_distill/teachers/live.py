@@ -32,6 +32,7 @@ class LiveTeacher(Teacher):
         self.embedding_size = model.embedding_size
         self.tokens = name
         self._output: Any = None
+        self._scores: dict[str, torch.Tensor] = {}
         self._layers: Sequence[int] = ()
         self._wants_tokens = False
 
@@ -39,7 +40,7 @@ class LiveTeacher(Teacher):
         self.model.to(device)
 
     def begin_batch(self, layers: Sequence[int] = (), layer_tokens: bool = False) -> None:
-        self._output, self._layers, self._wants_tokens = None, layers, layer_tokens
+        self._output, self._scores, self._layers, self._wants_tokens = None, {}, layers, layer_tokens
 
     def _forward(self, batch: Mapping[str, Any]) -> Any:
         if self._output is None:
@@ -54,7 +55,10 @@ class LiveTeacher(Teacher):
         return arrange(output.query.float(), output.passage.float(), batch)
 
     def scores(self, batch: Mapping[str, Any], candidates: str) -> torch.Tensor:
-        return self.model.batch_scores(self._forward(batch), batch, candidates)
+        # Several terms of a loss ask for the same ones.
+        if candidates not in self._scores:
+            self._scores[candidates] = self.model.batch_scores(self._forward(batch), batch, candidates)
+        return self._scores[candidates]
 
     def check_layers(self, layers: Sequence[int]) -> None:
         self.model.check_layers(layers)
