@@ -15,8 +15,10 @@ from .hub_client import RemoteError, verb
 
 
 # The phases of a push into a new repository, in the order in which they come.
-PHASES = ("info", "create", "validate", "preupload", "batch", "put", "verify", "commit")
-PASSING = ("refuse", "cut", "lose", 409, 429, 500, 503)
+PHASES = ("info", "create", "validate", "preupload", "batch", "put", "complete", "verify", "commit")
+# `complete` ends an upload in several parts.
+PART_SIZES = {"complete": 4096}
+PASSING = ("refuse", "cut", "lose", "slow", 409, 429, 500, 503)
 LASTING = (401, 403, "delete")
 
 
@@ -103,12 +105,13 @@ def test_a_branch_and_a_large_file_in_parts(hub, hub_client, student, monkeypatc
 
 
 @pytest.mark.parametrize("kind", PASSING)
-def test_what_passes_is_tried_again(hub, hub_client, student, kind):
+def test_what_passes_is_tried_again(hub, hub_client, student, kind, monkeypatch):
     """A fault once, in every phase: the push succeeds, and the repository holds exactly the folder."""
     for phase in PHASES:
         hub.blobs.clear()
+        monkeypatch.setattr(hub, "part_size", PART_SIZES.get(phase, 5_000_000))
         name = f"alice/once-{phase}"
-        fault = hub.fail(_only(name, phase), kind, retry_after=7 if kind == 429 else None)
+        fault = hub.fail(_only(name, phase), kind, seconds=0.1, retry_after=7 if kind == 429 else None)
         assert hub_client(push_each, student, [name]) == [True], phase
         assert fault.seen, "it struck"
         repo = hub.repo(name)
@@ -127,15 +130,17 @@ def _only(name, phase):
         "preupload": f"{name}/preupload",
         "batch": rf"{name}\.git/info/lfs",
         "put": "PUT /lfs/put",
+        "complete": "POST /lfs/complete",
         "verify": "POST /lfs/verify",
         "commit": f"{name}/commit",
     }[phase]
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_what_stays_ends_with_one_sentence_and_nothing_lost(hub, hub_client, student, phase):
+def test_what_stays_ends_with_one_sentence_and_nothing_lost(hub, hub_client, student, phase, monkeypatch):
     """A fault that does not pass, of every kind, in one phase: the folder is untouched, the sentence says it all."""
-    before, kinds = contents(student), [*PASSING[:2], *PASSING[3:], *LASTING]
+    monkeypatch.setattr(hub, "part_size", PART_SIZES.get(phase, 5_000_000))
+    before, kinds = contents(student), [*(kind for kind in PASSING if kind not in ("lose", "slow")), *LASTING]
     for number, kind in enumerate(kinds):
         hub.blobs.clear()
         hub.faults.clear()
@@ -144,7 +149,7 @@ def test_what_stays_ends_with_one_sentence_and_nothing_lost(hub, hub_client, stu
             continue  # there is nothing to delete yet
         hub.fail(_only(name, phase), kind, times=float("inf"))
         (answer,) = hub_client(push_each, student, [name])
-        if kind == "delete" and phase in ("info", "validate", "put", "verify") and answer is True:
+        if kind == "delete" and phase in ("info", "validate", "put", "complete", "verify") and answer is True:
             continue  # gone before anything was in it, and made anew
         assert isinstance(answer, str), (kind, answer)
         assert answer.startswith(f"{student} is complete on this machine but was not pushed to {name}: "), answer
@@ -322,6 +327,26 @@ def _fingerprint(name):
     from hf_distill.data import load_collection
 
     return load_collection(name).fingerprint
+
+
+def test_the_manifest_of_a_pushed_model_fits_the_card_that_names_the_repository(hub, hub_client, student):
+    from hf_distill.hub.manifest import artefacts
+
+    (student / "README.md").write_text('---\ntags: [x]\n---\nSentenceTransformer("student")\n')
+    manifest = json.loads((student / "run_manifest.json").read_text())
+    (student / "run_manifest.json").write_text(json.dumps({**manifest, "artefacts": artefacts(student)}))
+    before = contents(student)
+    assert hub_client(verb, "push", student, "--repo_id", "alice/other-name")[0] == 0
+    files = hub.repo("alice/other-name").files()
+    assert b'SentenceTransformer("alice/other-name")' in files["README.md"]
+    told = json.loads(files["run_manifest.json"])["artefacts"]
+    assert {name: facts["sha256"] for name, facts in told.items()} == {
+        name: hashlib.sha256(content).hexdigest() for name, content in files.items() if name != "run_manifest.json"
+    }
+    assert contents(student) == before
+    head = hub.repo("alice/other-name").at().oid
+    assert hub_client(verb, "push", student, "--repo_id", "alice/other-name")[0] == 0
+    assert hub.repo("alice/other-name").at().oid == head, "no change, no commit"
 
 
 def test_what_cannot_be_pushed(hub, hub_client, tmp_path):

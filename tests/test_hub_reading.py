@@ -45,6 +45,7 @@ def test_a_model_by_id_and_revision(hub, hub_client, model_files, tiny_bert):
     repo.tags["v1"] = repo.at().oid
     here = hub_client(weights, str(tiny_bert))[0]
     assert hub_client(weights, "alice/bert", "v1") == (here, repo.tags["v1"])
+    assert hub_client(weights, "alice/bert@v1") == (here, repo.tags["v1"])
 
 
 def test_data_by_id_and_revision(hub, hub_client, data_files, micro):

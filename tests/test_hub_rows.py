@@ -60,6 +60,42 @@ def test_others_read_the_rows_as_they_are(hub, hub_client, mined, micro):
     assert resolved["document_1"][0] == texts[train["document_ids"][0][0]]
 
 
+def _read_as_pylate_does(repo):
+    """The steps of PyLate's documentation with `datasets` alone; PyLate itself needs an older sentence-transformers.
+
+    `KDProcessing` indexes the columns `query_id` and `document_id`, takes `text` of both, and puts `query`,
+    `documents` and `scores` (of 32 documents at most, the positive first) into each row.
+    """
+    import datasets
+
+    train, queries, documents = (
+        datasets.load_dataset(path=repo, name=name, split="train") for name in ("train", "queries", "documents")
+    )
+    query_of = {identifier: number for number, identifier in enumerate(queries["query_id"])}
+    document_of = {identifier: number for number, identifier in enumerate(documents["document_id"])}
+
+    def transform(rows):
+        assert all(isinstance(values, list) for name in ("scores", "document_ids") for values in rows[name])
+        rows["scores"] = [values[:32] for values in rows["scores"]]
+        rows["query"] = [queries[query_of[one]]["text"] for one in rows["query_id"]]
+        rows["documents"] = [[documents[document_of[one]]["text"] for one in ids[:32]] for ids in rows["document_ids"]]
+        return rows
+
+    train.set_transform(transform)
+    return [{name: row[name] for name in ("query", "documents", "scores")} for row in train]
+
+
+def test_pylate_reads_the_rows_as_they_are(hub, hub_client, mined, micro):
+    rows = hub_client(_read_as_pylate_does, "alice/rows")
+    collection = load_collection(micro)
+    texts = set(collection.corpus.texts(np.arange(len(collection.corpus))))
+    questions = set(collection.queries.texts(np.arange(len(collection.queries))))
+    assert len(rows) > 20 and len({len(row["documents"]) for row in rows}) == 1, "one width for all rows of a batch"
+    for row in rows:
+        assert row["query"] in questions and set(row["documents"]) <= texts
+        assert len(row["scores"]) == len(row["documents"]) and all(isinstance(one, float) for one in row["scores"])
+
+
 def _train_elsewhere(repo, bert, ranker, folder):
     """sentence-transformers trains a retriever and a cross-encoder on a repository, with nothing but its name."""
     import datasets

@@ -23,10 +23,11 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 @pytest.fixture()
 def hub(monkeypatch, tmp_path):
     """A Hub that can be asked; `hub.answer` is what it says."""
-    state = SimpleNamespace(answer=None, downloads=[])
+    state = SimpleNamespace(answer=None, asked=[], downloads=[])
 
     def model_info(self, repo_id, *, revision=None, timeout=None, files_metadata=False):
         assert timeout is not None and timeout <= 10
+        state.asked.append((repo_id, revision))
         if isinstance(state.answer, Exception):
             raise state.answer
         return state.answer
@@ -77,6 +78,17 @@ def test_the_hub_gives_the_files_of_one_commit(hub, tmp_path):
     source = find_model("someone/model", revision="main")
     assert (source.folder, source.revision) == (tmp_path, "f" * 40)
     assert hub.downloads == [("someone/model", "f" * 40, ["config.json", "model.safetensors"], False)]
+
+
+def test_a_name_may_bring_its_revision(hub, tmp_path):
+    hub.answer, hub.folder = SimpleNamespace(sha="f" * 40, siblings=[]), tmp_path
+    source = find_model("someone/model@dev/x")
+    assert (source.name, source.revision) == ("someone/model@dev/x", "f" * 40)
+    assert hub.asked == [("someone/model", "dev/x")]
+    with pytest.raises(InputError, match="names a revision, and 'v2' is asked for besides"):
+        find_model("someone/model@v1", revision="v2")
+    (tmp_path / "a@b").mkdir()
+    assert find_model(tmp_path / "a@b").folder == tmp_path / "a@b"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from typing import Any
 
 from ..console import get_logger, print_table
 from ..errors import InputError
+from ..files import file_fingerprint
+from ..provenance import note_source
 from ..settings import option
 from .options import CollectionOptions
 from .parsing import Verb, leading_words, require
@@ -63,6 +65,8 @@ def run(data_options: CollectionOptions, options: CompareOptions) -> None:
                 cure="Give one for each",
             )
         found = [replace(entry, name=name) for entry, name in zip(found, options.names)]
+    for entry in found:
+        note_source("file", entry.path, lambda path=entry.path: {"fingerprint": file_fingerprint(path)})
     named = next((entry.dataset for entry in found if entry.dataset is not None), (None, None))
     split = options.split or named[1] or "test"
     collection = None
@@ -134,11 +138,13 @@ def _write(
 ) -> None:
     from ..evaluation.comparing import comparison_json, comparison_markdown
     from ..files import write_json, write_text
+    from ..hub.manifest import write_manifest
 
     write_text(folder / "comparison.md", comparison_markdown(dataset, comparisons, changed, note, options.alpha))
     settings = {name: getattr(options, name) for name in ("alpha", "correction", "samples", "seed", "relevance")}
     content = {"dataset": dataset, "settings": settings, "comparisons": comparison_json(comparisons)}
     write_json(folder / "comparison.json", {**content, "changed": changed})
+    write_manifest(folder)
     logger.info("written to %s", folder / "comparison.md")
 
 

@@ -32,7 +32,9 @@ class ConvertOptions:
     )
     output_dir: str | None = option(None, "A new or empty folder.")
     format: str = option("auto", "What inputs are that do not say so, tevatron or hard_negatives for example.")
-    revision: str | None = option(None, "Branch, tag or commit of inputs on the Hub.")
+    revision: str | None = option(
+        None, "Branch, tag or commit of inputs on the Hub; user/name@REVISION gives one input its own."
+    )
     name: str | None = option(None, "The collection's name. Default: after the input.")
     corpus_columns: str | None = option(
         None, "The fields of a file of passages without a header: 'document_id,text,title'. Default: by their number."
@@ -91,7 +93,10 @@ def _note(source: Source, revision: str | None) -> None:
     elif inputs is None:
         note_source("data", source.where, dict, source.revision or revision)
     for item in inputs or ():
-        note_source("file", item.path, partial(_facts, item.path), source.revision)
+        if item.repository is not None:
+            note_source("data", item.repository[0], dict, item.repository[1])
+        else:
+            note_source("file", item.path, partial(_facts, item.path))
 
 
 def _facts(path: Path) -> dict[str, str]:

@@ -31,6 +31,7 @@ def run(data_options: CollectionOptions, options: EpisodeMiningOptions, encode_o
         output_dir=(options.output_dir, "folder of the pool"),
     )
     from ..evaluation.forgetting import positive_ranks, write_ranks
+    from ..hub.manifest import note_files
     from ..hub.row_sets import write_pool_card
     from ..models import load_model
     from ..retrieval.teleport import mine_episode
@@ -64,6 +65,7 @@ def run(data_options: CollectionOptions, options: EpisodeMiningOptions, encode_o
         ids = collection.queries.ids_at(episode.run.query)
         write_ranks(target / RANKS_FILE, ids, [RANKS_COLUMN], ranks[None])
         write_pool_card(episode.rows, target)
+        note_files(target, RANKS_FILE, "README.md")
     logger.info("%s rows written to %s", f"{len(episode.rows):,}", target)
     publishing.push_rows(episode.rows, data_options, options, target)
 

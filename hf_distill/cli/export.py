@@ -41,6 +41,7 @@ def run(data_options: CollectionOptions, options: ExportOptions, encode_options:
     )
     if options.scale < 1:
         raise InputError(f"scale is {options.scale}", where="--scale", cure="Give 1 or more")
+    from ..hub.manifest import write_manifest
     from ..models import load_model
     from ..retrieval import InvertedIndex, encode_table, export_anserini, export_ciff
     from . import steps
@@ -48,7 +49,8 @@ def run(data_options: CollectionOptions, options: ExportOptions, encode_options:
     model = load_model(options.model)
     if model.representation != "sparse":
         raise InputError("this is no lexical model", where="--model", cure="Give one, trained with --kind lexical say")
-    collection = steps.Data.open(data_options).collection
+    data = steps.Data.open(data_options)
+    collection = data.collection
     settings = steps.encode_settings(encode_options, data_options)
     passages = encode_table(model, collection.corpus, "passage", **settings)
     folder = Path(options.output_dir)
@@ -60,6 +62,7 @@ def run(data_options: CollectionOptions, options: ExportOptions, encode_options:
         written = export_anserini(
             folder, passages, collection.corpus, queries, collection.queries, model.tokenizer, scale=options.scale
         )
+    write_manifest(folder, data=data.facts())
     logger.info("written to %s", written)
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from ..console import is_main_process, print_table
 from ..errors import InputError
+from ..files import read_json
 from ..settings import option
 from .episode import RANKS_COLUMN, RANKS_FILE
 from .options import CollectionOptions, IndexOptions
 from .parsing import Verb, require
+
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass
@@ -40,6 +44,8 @@ def run(data_options: CollectionOptions, options: ForgettingOptions, encode_opti
         model=(options.model, "the model that was trained on the last pool"),
         output_dir=(options.output_dir, "folder for figures and plots"),
     )
+    import numpy as np
+
     from ..evaluation.forgetting import positive_ranks, write_forgetting
     from ..hub.manifest import write_manifest
     from ..models import load_model
@@ -89,7 +95,7 @@ def run(data_options: CollectionOptions, options: ForgettingOptions, encode_opti
             for one in found
         ],
     )
-    write_manifest(options.output_dir, data=data.facts())
+    write_manifest(options.output_dir, data=data.facts(), metrics=read_json(Path(options.output_dir) / "metrics.json"))
 
 
 def _miner_ranks(folder: str) -> dict[str, int]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 from ..console import is_main_process
 from ..errors import InputError
+from ..provenance import note_source
 from ..settings import option
 from .options import CollectionOptions
 from .parsing import Verb, require
@@ -34,6 +36,7 @@ class PretrainOptions:
     stream: str | None = option(
         None, "Read texts in order, not a collection: a data set of the Hub, or files (*.jsonl, *.parquet, *.txt)."
     )
+    stream_revision: str | None = option(None, "The data set's branch, tag or commit.")
     stream_config: str | None = option(None, "The data set's configuration.")
     stream_split: str = option("train", "The data set's split.")
     stream_column: str = option("text", "The column of texts; a column title is read too.")
@@ -81,8 +84,7 @@ def run(data_options: CollectionOptions, options: PretrainOptions, args: Any) ->
         texts: Any = data.collection.corpus
         facts = {"corpus": texts.fingerprint}
     else:
-        texts = _stream(options, model.config.template, args.seed)
-        facts = {"stream": options.stream}
+        texts, facts = _stream(options, model.config.template, args.seed)
     settings = folders.settings_of(
         data_options,
         options,
@@ -99,15 +101,28 @@ def run(data_options: CollectionOptions, options: PretrainOptions, args: Any) ->
     publishing.publish(trainer)
 
 
-def _stream(options: PretrainOptions, template: str, seed: int) -> Any:
-    """The texts of a data set, read in order."""
+def _stream(options: PretrainOptions, template: str, seed: int) -> tuple[Any, dict[str, Any]]:
+    """The texts of a data set, read in order, and what identifies them."""
     from datasets import load_dataset
 
     from ..data.masking import StreamedTexts
+    from ..data.sources import content_hash, folder_hashes, is_hub_id, resolve_revision
 
     suffix = Path(options.stream).suffix.lower()
     builder = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".gz": "json"}.get(suffix)
-    source = {"path": builder, "data_files": options.stream} if builder else {"path": options.stream}
+    facts: dict[str, Any] = {"stream": options.stream}
+    if builder:
+        source = {"path": builder, "data_files": options.stream}
+        facts["files"] = {path: content_hash(Path(path)) for path in sorted(glob(options.stream))}
+        for path, content in facts["files"].items():
+            note_source("file", path, lambda content=content: {"fingerprint": content})
+    elif is_hub_id(options.stream) and not Path(options.stream).exists():
+        facts["revision"] = resolve_revision(options.stream, options.stream_revision)
+        source = {"path": options.stream, "revision": facts["revision"]}
+        note_source("data", options.stream, dict, facts["revision"])
+    else:
+        source = {"path": options.stream}
+        note_source("folder", options.stream, lambda: {"files": folder_hashes(Path(options.stream))})
     try:
         stream = load_dataset(**source, name=options.stream_config, split=options.stream_split, streaming=True)
     except (OSError, ValueError, RuntimeError) as error:
@@ -116,7 +131,8 @@ def _stream(options: PretrainOptions, template: str, seed: int) -> Any:
             where=f"--stream {options.stream}",
             cure="Give a data set of the Hub, or files ending in .jsonl, .jsonl.gz, .parquet or .txt",
         ) from None
-    return StreamedTexts(stream, template, column=options.stream_column, seed=seed, buffer=options.stream_buffer)
+    texts = StreamedTexts(stream, template, column=options.stream_column, seed=seed, buffer=options.stream_buffer)
+    return texts, facts
 
 
 def _describe(

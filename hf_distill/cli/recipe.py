@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from ..provenance import note_source
 from ..settings import option
 from .parsing import Verb, require
 
@@ -62,9 +64,12 @@ def _words(argv: Sequence[str]) -> list[str]:
 def run(options: RecipeOptions) -> None:
     """Loads the recipe and runs it, or prints its plan."""
     require("recipe", recipe=(options.recipe, "a YAML file, or the name of a recipe that comes with the package"))
+    from ..files import file_fingerprint
     from ..recipes import RecipeRun, load_recipe
 
     recipe = load_recipe(options.recipe, options.profile, options.set or ())
+    if Path(options.recipe).is_file():  # else it came with the package
+        note_source("file", recipe.origin, lambda: {"fingerprint": file_fingerprint(recipe.origin)})
     folder = options.output_dir or f"outputs/{recipe.name}" + (f"-{recipe.profile}" if recipe.profile else "")
     job = RecipeRun(recipe, folder, push_to=options.push_to, pull_from=options.pull_from)
     if options.dry_run:

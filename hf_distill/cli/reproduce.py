@@ -22,23 +22,20 @@ from .parsing import Verb, leading_words, parse, require
 
 logger = get_logger(__name__)
 
-# Options that name what is read, with the option that names its revision.
-_REVISIONS = {
-    "data": "data_revision",
-    "rows": "rows_revision",
-    "model": "model_revision",
-    "teacher": "teacher_revision",
-    "student": "student_revision",
-    "filter_teacher": "filter_teacher_revision",
-    "input": "revision",
-}
-# Options of the first run that a repetition must not have: where it wrote, and what it published.
-_NOT_REPEATED = ("output_dir", "cache_dir", "push_to_hub", "push_to", "resume_from_checkpoint", "overwrite")
+# Options of the first run that a repetition must not have: where it wrote, what it published, what it took as done.
+_NOT_REPEATED = frozenset(
+    "output_dir cache_dir push_to_hub push_to resume_from_checkpoint overwrite pull_from from_stage".split()
+)
+# Options that name models, and those whose values may have their own `@revision`.
+_MODELS = frozenset("model teacher student filter_teacher mine_with rerank twin".split())
+_PINNED = _MODELS | {"input"}
 # A manifest may come from somebody else: what sends something away is not run because it says so.
 _NEVER_RUN = ("push", "reproduce")
 _LAUNCH = re.compile(r"--launch \w+(:\d+)?")
 # Figures of the machine, not of the result.
 _TIMES = ("seconds", "passages_per_second")
+# Files that hold nothing but what was made: no times, no names of folders.
+_CONTENT = (".parquet", ".jsonl", ".tsv", ".ciff", "comparison.json")
 
 
 @dataclass
@@ -178,9 +175,25 @@ def _plain(name: str) -> str:
     return os.path.normpath(name) if "/" in name else name
 
 
+def _now(value: str, moved: Mapping[str, str]) -> str:
+    """What a value names now; of `name=value` (`corpus=FILE`, or `--set data=FOLDER` of a recipe) the value counts."""
+    name, equals, named = value.partition("=")
+    if equals and _plain(named) in moved:
+        return f"{name}={moved[_plain(named)]}"
+    return moved.get(_plain(value), value)
+
+
+def _at_commit(value: str, commits: Mapping[str, str]) -> str:
+    """`user/name` or `user/name@revision`, perhaps behind `role=`, with the commit that was read."""
+    role, equals, named = value.rpartition("=")
+    repo = named.partition("@")[0]
+    commit = commits.get(named, commits.get(repo))
+    return value if commit is None else f"{role}{equals}{repo}@{commit}"
+
+
 def _words(manifest: Mapping[str, Any], moved: Mapping[str, str], output_dir: Path) -> dict[str, list[str]]:
     """The options of the run by name, with revisions pinned, names replaced, and another output folder."""
-    from ..hub.manifest import HIDDEN
+    from ..hub.manifest import HIDDEN, REVISIONS
 
     options: dict[str, list[str]] = {}
     name = ""
@@ -192,16 +205,22 @@ def _words(manifest: Mapping[str, Any], moved: Mapping[str, str], output_dir: Pa
         elif name:
             options[name].append(word)
     kept = {
-        name: [moved.get(_plain(value), value) for value in values]
+        name: [_now(value, moved) for value in values]
         for name, values in options.items()
         if HIDDEN not in values and name not in _NOT_REPEATED and not name.startswith("hub_")
     }
     allowed = _field_names(manifest["arguments"][0])
-    revisions = {source["name"]: source["revision"] for source in manifest.get("sources", ()) if source["revision"]}
-    for name, revision_option in _REVISIONS.items():
-        named = (options.get(name) or [None])[0]
-        if named in revisions and named not in moved and revision_option in allowed:
-            kept[revision_option] = [revisions[named]]
+    for name in [name for name in kept if name in {*REVISIONS, *_PINNED}]:
+        commits = {
+            source["name"]: source["revision"]
+            for source in manifest.get("sources", ())
+            if source["revision"] and (source["kind"] == "model") == (name in _MODELS)
+        }
+        (first, *more), revision_option = kept[name] or [""], REVISIONS.get(name)
+        if first in commits and not more and "@" not in first and revision_option in allowed:
+            kept[revision_option] = [commits[first]]
+        elif name in _PINNED:
+            kept[name] = [_at_commit(value, commits) for value in kept[name]]
     return {**kept, "output_dir": [str(output_dir)]}
 
 
@@ -227,13 +246,13 @@ def _flat(words: Mapping[str, list[str]]) -> list[str]:
 
 def _pin_defaults(manifest: Mapping[str, Any], words: dict[str, list[str]]) -> None:
     """Writes out settings whose default is another one by now, here or in transformers."""
-    from ..hub.manifest import config_of
+    from ..hub.manifest import REVISIONS, config_of
 
     now = config_of(parse(_verb(manifest["arguments"][0]), _flat(words)))
     for name, before in manifest.get("config", {}).items():
         if name in NOT_OF_THE_RUN or name in words or name not in now or now[name] == before:
             continue
-        if isinstance(before, (str, int, float)) and name not in _REVISIONS.values():
+        if isinstance(before, (str, int, float)) and name not in REVISIONS.values():
             logger.warning(
                 "differs: the default of --%s is %r by now and was %r; it is written out", name, now[name], before
             )
@@ -295,17 +314,20 @@ def check_source(source: Mapping[str, Any], manifest: Mapping[str, Any], moved: 
 
 
 def _model(name: str, revision: str | None, source: Mapping[str, Any], *_: Any) -> tuple[dict, dict]:
+    from ..hub.client import split_revision
     from ..models.source import find_model, model_files
 
+    if revision is not None:
+        name = split_revision(name)[0]
     return source["files"], model_files(find_model(name, revision).folder)
 
 
 def _data(name: str, revision: str | None, source: Mapping[str, Any], *_: Any) -> tuple[dict, dict]:
     from ..data import load_collection
-    from ..data.sources import resolve_revision
+    from ..data.sources import commit_of
 
     if "fingerprints" not in source:
-        return {"the commit": source.get("revision")}, {"the commit": resolve_revision(name, source.get("revision"))}
+        return {"the commit": source.get("revision")}, {"the commit": commit_of(name, source.get("revision"))}
     return source["fingerprints"], load_collection(name, revision=revision).fingerprints
 
 
@@ -345,6 +367,10 @@ _CHECKS = {"model": _model, "data": _data, "rows": _rows, "file": _file, "folder
 def compare_results(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Prints whether figures, weights and rows are equal; ends with code 1 if they are not."""
     found = list(_results(before, now))
+    if not found:
+        raise InputError(
+            "its manifest holds no result to compare", where="reproduce", cure="Compare the files yourself"
+        )
     rows = [(name, a, b, "equal" if a == b else "DIFFERENT") for name, a, b in found]
     print_table("The same again?", ["result", "original", "again", ""], rows)
     different = [name for name, a, b, _ in rows if a != b]
@@ -355,16 +381,30 @@ def compare_results(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def _results(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    for name, place in (("weights", ("models", "student", "weights")), ("rows", ("data", "rows", "fingerprint"))):
+    places = {"weights": ("models", "student", "weights"), "rows": ("data", "rows", "fingerprint")}
+    for stage, made in _mapping(before, "data", "stages").items():
+        places |= {f"{stage}: {name}": ("data", "stages", stage, name) for name in made if name != "verb"}
+    found = 0
+    for name, place in places.items():
         values = [_at(manifest, place) for manifest in (before, now)]
         if any(values):
+            found += 1
             yield name, *values
-    figures = now.get("metrics") or {}
-    for dataset, systems in (before.get("metrics") or {}).items():
+    for dataset, systems in _mapping(before, "metrics").items():
         for system, values in systems.items():
             for measure, value in values.items():
                 if measure not in _TIMES:
-                    yield f"{dataset} {system} {measure}", value, _at(figures, (dataset, system, measure))
+                    found += 1
+                    yield f"{dataset} {system} {measure}", value, _at(now, ("metrics", dataset, system, measure))
+    if not found:  # a collection, an index for another engine
+        for name, facts in _mapping(before, "artefacts").items():
+            if name.endswith(_CONTENT):
+                yield name, *(one and one[:16] for one in (facts["sha256"], _at(now, ("artefacts", name, "sha256"))))
+
+
+def _mapping(manifest: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    value = _at(manifest, keys)
+    return value if isinstance(value, Mapping) else {}
 
 
 def _at(value: Any, keys: tuple[str, ...]) -> Any:

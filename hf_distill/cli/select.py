@@ -8,6 +8,8 @@ from pathlib import Path
 
 from ..console import get_logger
 from ..errors import InputError
+from ..files import file_fingerprint
+from ..provenance import note_source
 from ..settings import option
 from .options import CollectionOptions
 from .parsing import Verb, require
@@ -75,6 +77,7 @@ def read_answers(path: str) -> dict[str, list[str]]:
     """
     if not Path(path).is_file():
         raise InputError(f"there is no file {path}", where="--answers", cure="Give a file of JSON lines")
+    note_source("file", path, lambda: {"fingerprint": file_fingerprint(path)})
     answers = {}
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):

@@ -17,7 +17,7 @@ from hf_distill.data.cards import read_card
 from hf_distill.data.readers import Block, file_kind, read_blocks
 from hf_distill.errors import InputError
 from hf_distill.files import cache_folder, file_fingerprint, fingerprint, read_json, write_json
-from hf_distill.hub.client import attempt
+from hf_distill.hub.client import attempt, explain
 from hf_distill.hub.download import check_content, check_file
 
 
@@ -267,6 +267,23 @@ def resolve_revision(repo: str, revision: str | None) -> str | None:
     except Exception as error:
         logger.debug("no commit for %s: %s", repo, error)
         return revision
+
+
+def commit_of(repo: str, revision: str | None) -> str:
+    """The commit that `revision` names now.
+
+    Raises:
+        InputError: If the Hub does not say: no such repository or revision, no right to see it, no network.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    with _HubErrors(repo, revision):
+        try:
+            return attempt(lambda: HfApi().dataset_info(repo, revision=revision, timeout=30).sha, f"asking for {repo}")
+        except HfHubHTTPError as error:
+            cure = "Check the name, the revision and your login (`hf auth login`)"
+            raise InputError(explain(error), where=repo, cure=cure) from error
 
 
 def fetch_configs(repo: str, revision: str | None) -> list[str]:

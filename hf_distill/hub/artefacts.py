@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..data.cards import read_card
 from ..errors import InputError
-from ..files import read_json, write_text
+from ..files import read_json, write_json, write_text
 from .checkpoints import LAST, STATE, native_files
+from .manifest import with_files
 from .push import MANIFEST, Pushed, Target, files_of, push_folder, push_later
 from .row_sets import write_row_repository
 
@@ -87,7 +88,7 @@ def push_artefact(
         files = {**native_files(folder), **{f"{LAST}/{path}": file for path, file in files.items()}}
     with _temporary(folder) as made:
         if kind == "model" and "README.md" in files:
-            files |= _named_card(folder, target.repo_id, made)
+            files |= _named_card(files, folder.resolve().name, target.repo_id, made)
         return push_folder(folder, target, message=message, files=files)
 
 
@@ -151,9 +152,17 @@ def _temporary(folder: Path) -> Iterator[Path]:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def _named_card(folder: Path, repo_id: str, made: Path) -> dict[str, Any]:
-    """The model card with the repository's id in place of the folder's name in its example."""
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    named = text.replace(f'("{folder.resolve().name}")', f'("{repo_id}")')
-    write_text(made / "README.md", named)
-    return {"README.md": made / "README.md"}
+def _named_card(files: Mapping[str, Path], name: str, repo_id: str, made: Path) -> dict[str, Path]:
+    """The model card with the repository's id in place of the folder's name in its example, and a manifest with the
+    hash of that card; nothing where the card names no folder."""
+    text = files["README.md"].read_text(encoding="utf-8")
+    named = text.replace(f'("{name}")', f'("{repo_id}")')
+    if named == text:
+        return {}
+    changed = {"README.md": made / "README.md"}
+    write_text(changed["README.md"], named)
+    manifest = read_json(files[MANIFEST]) if MANIFEST in files else {}
+    if "README.md" in manifest.get("artefacts", {}):
+        changed[MANIFEST] = made / MANIFEST
+        write_json(changed[MANIFEST], with_files(manifest, {"README.md": changed["README.md"]}))
+    return changed

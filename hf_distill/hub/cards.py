@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..files import write_text
+from .client import split_revision
 
 
 def template_path(name: str) -> Path:
@@ -158,11 +159,10 @@ def on_hub(names: Sequence[str]) -> list[str]:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     found = []
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(split_revision(name)[0] for name in names if not Path(name).exists()):
         try:
             validate_repo_id(name)
         except HFValidationError:
             continue
-        if not Path(name).exists():
-            found.append(name)
+        found.append(name)
     return found

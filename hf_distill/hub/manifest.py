@@ -49,6 +49,16 @@ PACKAGES = (
     "peft",
     "deepspeed",
 )
+# Options that name what is read, with the option that names its revision.
+REVISIONS = {
+    "data": "data_revision",
+    "rows": "rows_revision",
+    "model": "model_revision",
+    "teacher": "teacher_revision",
+    "student": "student_revision",
+    "filter_teacher": "filter_teacher_revision",
+    "stream": "stream_revision",
+}
 _SECRET = re.compile(r"(^|[_.])(token|password|passwd|secret|(api|access)_?key)($|[_.])")
 # A field name that has a secret's name in it and is none.
 _HARMLESS = ("token_budget",)
@@ -126,15 +136,27 @@ def artefacts(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file that would be pushed; manifests are left out."""
     from .push import files_of
 
-    found = {}
-    for name, path in sorted(files_of(Path(folder)).items()):
-        if not fnmatch.fnmatch(name, "run_manifest*.json"):
-            with open(path, "rb") as file:
-                found[name] = {
-                    "bytes": path.stat().st_size,
-                    "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-                }
-    return found
+    found = sorted(files_of(Path(folder)).items())
+    return {name: artefact(path) for name, path in found if not fnmatch.fnmatch(name, "run_manifest*.json")}
+
+
+def artefact(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def with_files(manifest: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Any]:
+    """A manifest that knows some files as they are now."""
+    known = {name: artefact(path) for name, path in files.items()}
+    return {**manifest, "artefacts": {**manifest.get("artefacts", {}), **known}}
+
+
+def note_files(folder: Path, *names: str) -> None:
+    """Tells a folder's manifest, if there is one, of files that were written after it."""
+    if (folder / MANIFEST).is_file():
+        files = {name: folder / name for name in names}
+        write_json(folder / MANIFEST, with_files(read_json(folder / MANIFEST), files))
 
 
 def run_manifest(**sections: Any) -> dict[str, Any]:
@@ -175,21 +197,28 @@ def run_manifest(**sections: Any) -> dict[str, Any]:
             "config": config,
             "seeds": {name: value for name, value in config.items() if name == "seed" or name.endswith("_seed")},
             "precision": _precision(config),
-            "sources": [
-                {"kind": kind, "name": name, "revision": revision, **facts()}
-                for (kind, name, revision), facts in sorted(recorded.sources.items(), key=str)
-            ],
+            "sources": recorded_sources(),
         }
     return without_secrets(json.loads(json.dumps({**manifest, **sections}, default=str)))
 
 
-def write_manifest(folder: str | os.PathLike, **sections: Any) -> Path:
+def recorded_sources() -> list[dict[str, Any]]:
+    """What the verb has read so far, as a manifest holds it."""
+    recorded = current()
+    return [
+        {"kind": kind, "name": name, "revision": revision, **facts()}
+        for (kind, name, revision), facts in sorted(recorded.sources.items() if recorded else (), key=str)
+    ]
+
+
+def write_manifest(folder: str | os.PathLike, *, files: Mapping[str, Any] | None = None, **sections: Any) -> Path:
     """Writes `run_manifest.json`, with hashes of all that lies in `folder`; so it is written last.
 
     A folder that another verb has made keeps that manifest; the later verb's is `run_manifest.<verb>.json` then.
 
     Args:
         folder: The result's.
+        files: The artefacts, where not every file in the folder is one.
         sections: See [`run_manifest`].
     """
     path = Path(folder) / MANIFEST
@@ -201,7 +230,7 @@ def write_manifest(folder: str | os.PathLike, **sections: Any) -> Path:
     if path.is_file() and (verb := read_json(path).get("verb")) not in (None, manifest["verb"]):
         logger.debug("%s is of %s and stays", path, verb)
         path = path.with_name(f"run_manifest.{manifest['verb']}.json")
-    write_json(path, {**manifest, "artefacts": artefacts(folder)})
+    write_json(path, {**manifest, "artefacts": artefacts(folder) if files is None else dict(files)})
     return path
 
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from .base import RetrievalConfig, RetrievalModel, block_list, freeze_unused, pl
 from .candidates import arrange
 from .layer_scores import LayerTokens, block_outputs, pad_tokens
 from .layouts import Layout, ProjectionLayout, TowerLayout
-from .loading import choose_length, load_backbone, load_tokenizer
+from .loading import choose_length, load_backbone, load_tokenizer, refused_pickle
 from .processing import TextProcessor, tokenizer_fingerprint
 from .source import ModelSource, find_model
 
@@ -542,7 +543,10 @@ def load_projection(module: Projection, layout: ProjectionLayout) -> None:
 
         state = load_file(path)
     elif (layout.folder / "pytorch_model.bin").is_file():
-        state = torch.load(layout.folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(layout.folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        except UnpicklingError:
+            raise refused_pickle(str(layout.folder)) from None
     else:
         raise InputError("the folder holds no weights", where=str(layout.folder), cure="Download the model again")
     own = {key.removeprefix("linear."): value for key, value in state.items() if key.startswith("linear.")}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -149,7 +151,9 @@ def load_backbone(
     try:
         with quiet_transformers():
             model, report = loader.from_pretrained(folder, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except UnpicklingError:
+        raise refused_pickle(name) from None
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"the model cannot be loaded ({_first_line(error)})", where=name, cure=cure) from None
     if head == "masked_lm":
         _check_masked_lm_head(model, report, name, new_head)
@@ -265,6 +269,15 @@ def _refuse_incomplete(report: Mapping[str, Any], unfilled: list[str], name: str
             where=name,
             cure="Give a complete checkpoint; one of another architecture has to be converted first",
         )
+
+
+def refused_pickle(name: str) -> InputError:
+    """The sentence about weights whose pickle would run something, which PyTorch does not read."""
+    return InputError(
+        "the weights are a pickle that holds more than numbers, which is not read",
+        where=name,
+        cure="Give weights in safetensors; a pickle can run any program when it is read",
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..console import get_logger
 from ..errors import InputError
 from ..files import file_fingerprint
-from ..hub.client import attempt, explain, is_worth_another_try
+from ..hub.client import attempt, explain, is_worth_another_try, split_revision
 from ..hub.download import check_content
 from ..provenance import note_source
 
@@ -41,7 +41,7 @@ class ModelSource:
     """A model's files on this machine.
 
     Args:
-        name: What the user asked for.
+        name: What the user asked for, with its `@revision` if there was one.
         folder: The folder that holds the files.
         revision: The commit on the Hub; None for a local folder or a package.
     """
@@ -54,9 +54,9 @@ class ModelSource:
 def find_model(name: str | os.PathLike | ModelSource, revision: str | None = None) -> ModelSource:
     """Finds (and where needed downloads) a model's files.
 
-    A local folder is taken as it is. Otherwise the Hub is asked once, with a short timeout and not at all under
-    `HF_HUB_OFFLINE=1`; when it does not answer, the Hub's cache and then the packaged models are looked at. What was
-    found before is returned as it is.
+    `name` is a folder, `user/name`, or `user/name@revision`. A local folder is taken as it is. Otherwise the Hub is
+    asked once, with a short timeout and not at all under `HF_HUB_OFFLINE=1`; when it does not answer, the Hub's cache
+    and then the packaged models are looked at. What was found before is returned as it is.
 
     Raises:
         InputError: If there is no such model, or it is neither local nor reachable.
@@ -86,13 +86,20 @@ def _find(text: str, revision: str | None) -> ModelSource:
     folder = Path(text).expanduser()
     if text and folder.is_dir():
         return ModelSource(text, folder)
-    if folder.is_file() or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text or not text:
+    name, at = split_revision(text)
+    if folder.is_file() or text.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in text or not name:
         raise InputError(
             f"there is no model folder {text!r}",
             where="model",
             cure="Give an existing folder or a model id of the Hub",
         )
-    return _find_on_hub(text, revision)
+    if at is not None and revision is not None:
+        raise InputError(
+            f"{text!r} names a revision, and {revision!r} is asked for besides",
+            where="model",
+            cure="Give one of the two",
+        )
+    return replace(_find_on_hub(name, at or revision), name=text)
 
 
 def _find_on_hub(name: str, revision: str | None) -> ModelSource:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import read_json
+from ..hub.client import split_revision
 from .kinds import ANYTHING, COLLECTION, MODEL, ROWS, RUN
 from .loading import Recipe, Stage
 from .records import Workspace
@@ -165,7 +166,10 @@ def check_ids(recipe: Recipe, names: Sequence[str]) -> None:
                 if stage.stages_in(value) or value in _WORDS or ":" in value or Path(value).expanduser().exists():
                     continue
                 revision = stage.settings.get(f"{field}_revision")
-                if sort in (COLLECTION, MODEL):
+                if sort == MODEL:
+                    repo, at = split_revision(value)
+                    _check_id(repo, at or revision, sort, _where(recipe, stage, field))
+                elif sort == COLLECTION:
                     _check_id(value, revision, sort, _where(recipe, stage, field))
                 elif sort == ROWS and stage.settings.get("data"):
                     continue  # a row set's name in the collection, which is looked at when that is opened

@@ -11,7 +11,9 @@ from typing import Any
 
 from ..console import duration
 from ..files import fingerprint, read_json, write_json, write_text
+from ..hub.manifest import note_files
 from .loading import Recipe
+from .manifest import write_recipe_manifest
 from .processes import in_other_process
 from .records import Record, Workspace
 from .results import own_figures
@@ -20,7 +22,7 @@ from .results import own_figures
 # Where the part of a model card that a recipe writes begins.
 _TOLD = "<!-- the recipe's stages -->"
 # Raised by hand when the same records would give another report.
-_VERSION = 1
+_VERSION = 2
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .25rem .8rem; border-bottom: 1px solid #ddd; }
@@ -31,7 +33,7 @@ pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; } code { background
 
 
 def write_report(recipe: Recipe, workspace: Workspace) -> dict[str, Any]:
-    """Writes `report.md`, `report.html` and `metrics.json`, unless they tell of the same records already.
+    """Writes report, `metrics.json` and manifest, unless they tell of the same records already.
 
     Returns:
         The measures of all stages, as in `metrics.json`.
@@ -43,6 +45,7 @@ def write_report(recipe: Recipe, workspace: Workspace) -> dict[str, Any]:
     if not marker.is_file() or marker.read_text(encoding="utf-8") != told:
         write_json(workspace.folder / "metrics.json", metrics)
         in_other_process(_write, recipe, workspace.folder, records, metrics)
+        write_recipe_manifest(workspace, records, metrics)
         write_text(marker, told)
     return metrics
 
@@ -132,6 +135,7 @@ def _tell_in_card(
     text = card.read_text(encoding="utf-8").partition(_TOLD)[0].rstrip()
     lines = [_TOLD, "", f"# How it was made: {heading}", "", *(line for part in sections for line in _table(*part))]
     write_text(card, "\n".join([text, "", *lines]))
+    note_files(card.parent, card.name)
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:

@@ -164,7 +164,7 @@ class PublishingTrainer(Trainer):
         """Writes card and manifest of a run whose figures are not known (yet); a finished run's own ones stay."""
         folder = Path(self.args.output_dir)
         known = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
-        if known is not None and "metrics" in known:
+        if known is not None and "artefacts" in known:
             return
         training = {
             "steps": self.state.global_step,

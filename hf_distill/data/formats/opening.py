@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from hf_distill.data.sources import (
     resolve_revision,
 )
 from hf_distill.errors import InputError
+from hf_distill.hub.client import split_revision
 
 
 if TYPE_CHECKING:
@@ -111,7 +112,8 @@ def open_inputs(
     """What `hf-distill convert` is to read.
 
     Args:
-        specs: Files, folders and Hub ids, each perhaps with what it is: `negatives=bm25.tsv`, `qrels:dev=judged.txt`.
+        specs: Files, folders and Hub ids, each perhaps with what it is: `negatives=bm25.tsv`, `qrels:dev=judged.txt`;
+            a Hub id perhaps with a revision of its own: `user/name@v1`.
         format: What inputs are that do not say so: `"auto"`, `"collection"` or a format of single files.
         revision: Branch, tag or commit on the Hub.
         cache_dir: For titles, scores and rows that have to be put in order.
@@ -136,8 +138,9 @@ def open_inputs(
             if found is None:
                 raise InputError(f"no format is recognised ({local.looked_for()})", where=only, cure=_cure())
             return found
-        if not Path(only).exists() and is_hub_id(only) and format in (AUTO, COLLECTION):
-            return _open_hub(only, revision, cache_dir, allow_pickle=allow_pickle)
+        repo, at = split_revision(only)
+        if not Path(only).exists() and is_hub_id(repo) and format in (AUTO, COLLECTION):
+            return _open_hub(repo, at or revision, cache_dir, allow_pickle=allow_pickle)
     inputs: list[Input] = []
     for role, name, text in parsed:
         role = role if role is not None or format == AUTO else format
@@ -149,12 +152,10 @@ def open_inputs(
         raise InputError(
             "rows of texts beside other files", where=str(texts[0].path), cure="Convert this file by itself"
         )
-    first = Path(inputs[0].path)
-    stem = first.parent if len(inputs) > 1 else first
     return FormatSource(
         inputs,
-        name=re.sub(r"\W+", "_", stem.absolute().name.split(".")[0]).strip("_") or "collection",
-        where=str(first if len(inputs) == 1 else os.path.commonpath([item.path.absolute() for item in inputs])),
+        name=re.sub(r"\W+", "_", _stem(inputs)).strip("_") or "collection",
+        where=_places(inputs),
         cache_dir=cache_dir,
         allow_pickle=allow_pickle,
     )
@@ -225,6 +226,8 @@ def _open_hub(repo: str, revision: str | None, cache_dir, *, allow_pickle: bool)
             return hub
         raise refusal
     found.name, found.where, found.revision = repo.split("/")[-1], repo, commit
+    if isinstance(found, FormatSource):
+        found.inputs = [replace(one, repository=(repo, commit)) for one in found.inputs]
     logger.info("%s is read through its data files: %s", repo, found.looked_for())
     return found
 
@@ -257,6 +260,24 @@ def _scanned(folder: Path, local: LocalSource, cache_dir, allow_pickle: bool = F
     return FormatSource(inputs, local.name, str(folder), cache_dir=cache_dir, allow_pickle=allow_pickle)
 
 
+def _stem(inputs: Sequence[Input]) -> str:
+    """What a collection of these files is called where nobody has named it."""
+    first = inputs[0]
+    if first.repository is not None:
+        return first.repository[0].split("/")[-1]
+    place = first.path.parent if len(inputs) > 1 else first.path
+    return place.absolute().name.split(".")[0]
+
+
+def _places(inputs: Sequence[Input]) -> str:
+    """Where the files are from: repositories by their names, files by the folder that they have in common."""
+    repositories = dict.fromkeys(item.repository[0] for item in inputs if item.repository is not None)
+    files = [item.path for item in inputs if item.repository is None]
+    if len(files) > 1:
+        files = [Path(os.path.commonpath([path.absolute() for path in files]))]
+    return ", ".join([*repositories, *map(str, files)])
+
+
 def _spec(spec: str) -> tuple[str | None, str | None, str]:
     match = None if Path(spec).exists() else _SPEC.fullmatch(spec)
     return (None, None, spec) if match is None else match.groups()
@@ -265,11 +286,15 @@ def _spec(spec: str) -> tuple[str | None, str | None, str]:
 def _inputs(text, role, name, revision, allow_pickle: bool, corpus_columns) -> list[Input]:
     path = Path(text)
     if not path.exists():
-        if not is_hub_id(text):
+        repo, at = split_revision(text)
+        if not is_hub_id(repo):
             raise InputError("no such file or folder", where=text, cure="Check the path")
-        path = fetch_data_files(text, revision, (*DATA_FILES, "*.parquet", *(PICKLES if allow_pickle else ())))
+        commit = resolve_revision(repo, at or revision)
+        path = fetch_data_files(repo, commit, (*DATA_FILES, "*.parquet", *(PICKLES if allow_pickle else ())))
         if path is None:
             raise InputError("the repository has no data files that are read", where=text, cure=_cure())
+        found = _inputs(str(path), role, name, None, allow_pickle, corpus_columns)
+        return [replace(one, repository=(repo, commit)) for one in found]
     if path.is_dir():
         files = [item.path for item in scan(path, allow_pickle)]
         if not files:

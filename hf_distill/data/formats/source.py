@@ -59,12 +59,14 @@ class Input:
         kind: What it is, a name in `KINDS`.
         name: The split of its judgements, and the name of its row set.
         columns: Its columns in order, where neither a header nor their number tells.
+        repository: The Hub repository that it is from, and the commit.
     """
 
     path: Path
     kind: str
     name: str
     columns: tuple[str, ...] | None = None
+    repository: tuple[str, str | None] | None = None
 
 
 def split_of(item: Input) -> str:
