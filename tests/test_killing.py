@@ -72,6 +72,27 @@ def train_on_a_stream(folder: Path, data: str, dense: str, rows: str) -> None:
     main(["train", "--data", data, "--model", dense, "--output_dir", str(folder / "out"), *TRAINING, *flags])
 
 
+def mine_pools(folder: Path, data: str, dense: str) -> None:
+    """The pools of two teleportation episodes, the second with the first in it."""
+    from hf_distill.data import load_collection
+    from hf_distill.retrieval.teleport import EpisodeOptions, mine_episode
+
+    collection, previous = load_collection(data), None
+    options = EpisodeOptions(depth=20, query_negatives=5, positive_negatives=4)
+    for number, model in enumerate((_slow(dense), "bm25"), start=1):
+        previous = mine_episode(model, collection, "train", number, previous=previous, options=options).rows
+        previous.save(folder / f"pool-{number}")
+
+
+def episodes(folder: Path, data: str, dense: str) -> None:
+    """Two episodes of mining and training, by the verb."""
+    from hf_distill.cli.main import main
+
+    flags = ["--episodes", "2", "--depth", "20", "--query_negatives", "5", "--positive_negatives", "4"]
+    flags += ["--stop_after", "6", "--learning_rate", "1e-3", *TRAINING[: TRAINING.index("--mine_with")]]
+    main(["tele", "--data", data, "--model", dense, "--output_dir", str(folder / "out"), *flags])
+
+
 def pretrain(folder: Path, corpus: str, dense: str) -> None:
     """LexMAE on a corpus, and then on texts that are read in order."""
     from hf_distill.cli.main import main
@@ -108,6 +129,13 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {name: (out / name).read_bytes() for name in ("model.safetensors", "config.json", "modules.json")}
 
 
+def pools_and_weights(folder: Path) -> dict[str, str]:
+    """What episodes leave, without their checkpoints and reports."""
+    kept = ("model.safetensors", ".parquet", "negatives.json")
+    found = {name: one for name, one in digests(folder / "out").items() if name.endswith(kept)}
+    return {name: one for name, one in found.items() if "checkpoint-" not in name}
+
+
 def pretrained(folder: Path) -> dict[str, bytes]:
     """Model and decoder of both pre-trainings."""
     names = [f"{out}/{part}.safetensors" for out in ("out", "streamed") for part in ("model", "training_modules")]
@@ -136,6 +164,8 @@ def _jobs(data: str, training_data: str, dense: str, ranker: str, rows: str, for
         "train": Job(train, 3, training, result=weights),
         "train on two processes": Job(train, 2, training, processes=2, result=weights),
         "train on a stream": Job(train_on_a_stream, 2, {**training, "rows": rows}, result=weights),
+        "mine episodes": Job(mine_pools, 3, {"data": data, "dense": dense}),
+        "episodes": Job(episodes, 3, training, result=pools_and_weights),
         "pretrain": Job(pretrain, 3, {"corpus": str(Path(data) / "corpus.jsonl"), "dense": dense}, result=pretrained),
         "convert": Job(convert, 3, {"source": foreign}, result=without_report),
     }
@@ -154,6 +184,8 @@ KINDS = (
     "train",
     "train on two processes",
     "train on a stream",
+    "mine episodes",
+    "episodes",
     "pretrain",
     "convert",
 )
