@@ -177,7 +177,9 @@ class IndexOptions(EncodeOptions):
     """How models are run outside training, and how passages are found."""
 
     index: str = option(
-        "Flat", "Flat (exact) or any FAISS factory string, search options after a semicolon: 'IVF1024,Flat;nprobe=32'."
+        "Flat",
+        "Flat (exact), or any FAISS factory string, search options after a semicolon: 'IVF1024,Flat;nprobe=32'. Of a "
+        "lexical model Flat, Impact (whole numbers), or Pisa (these in that engine).",
     )
 
 
