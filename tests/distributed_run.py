@@ -70,6 +70,10 @@ def train(settings: dict[str, Any]) -> None:
         student = LexicalRetriever.from_pretrained(settings["teacher"], new_head="random", pooled_tokens="text")
     else:
         student = student_from("layers:2", teacher)
+    if settings.get("adapters"):
+        from peft import LoraConfig
+
+        student.add_adapter(LoraConfig(r=4, target_modules=["query", "value"]))
     teachers = [CachedScores("file"), LiveTeacher("dense", teacher), LiveTeacher("ranker", ranker)]
     if settings.get("projection"):
         student.add_projection("dense", 32)

@@ -136,6 +136,15 @@ def two_towers(models: dict[str, str], folder: Path, processes: int) -> list[dic
     ]  # fmt: skip
 
 
+def other_students(models: dict[str, str], folder: Path, processes: int, prefix: str = "", **more: Any) -> list[dict]:
+    """Trainings of two towers, and of adapters (LoRA) on frozen weights, that end with an export."""
+    more |= {"export": True}
+    return [
+        job(models, folder, processes, "contrastive_global", name=f"{prefix}{name}", **{name: True}, **more)
+        for name in ("untied", "adapters")
+    ]
+
+
 def life(models: dict[str, str], folder: Path, processes: int) -> list[dict]:
     """A training with evaluations and a checkpoint, and one that goes on from the checkpoint.
 
@@ -180,7 +189,8 @@ def run_jobs(jobs: list[dict], folder: Path, config: str | None) -> dict[str, di
 def one_process(tmp_path_factory, models):
     folder = common_folder(tmp_path_factory, "one")
     jobs = [job(models, folder, 1, loss, way) for loss, way in MATRIX]
-    return run_jobs([*jobs, *two_towers(models, folder, 1), *life(models, folder, 1)], folder, None)
+    jobs += [*two_towers(models, folder, 1), *other_students(models, folder, 1), *life(models, folder, 1)]
+    return {"folder": folder, **run_jobs(jobs, folder, None)}
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +200,7 @@ def two_processes(tmp_path_factory, models):
     for name, way in (("divided", "plain"), ("divided_cached", "cached")):
         jobs.append(job(models, folder, 2, "kl_global", way, name=name, fully_shard=True, export=True))
     jobs.append(job(models, folder, 2, "kl_global", name="whole", export=True))
-    jobs += two_towers(models, folder, 2)
+    jobs += [*two_towers(models, folder, 2), *other_students(models, folder, 2, "divided_", fully_shard=True)]
     jobs.append({"golden": True, "result": str(folder / "golden.json")})
     return {"folder": folder, **run_jobs(jobs, folder, "multi_cpu")}
 
@@ -199,7 +209,8 @@ def two_processes(tmp_path_factory, models):
 def deepspeed(request, tmp_path_factory, models, command):
     """What two processes under DeepSpeed saw; the last job is the whole command of the fixture `command`."""
     folder = common_folder(tmp_path_factory, request.param)
-    jobs = [*(job(models, folder, 2, loss, way) for loss, way in SHARDED), *life(models, folder, 2)]
+    jobs = [job(models, folder, 2, loss, way) for loss, way in SHARDED]
+    jobs += [*other_students(models, folder, 2), *life(models, folder, 2)]
     if request.param == "zero3":
         jobs.append({"command": command["words"](folder / "command", 2)})
     seen = run_jobs(jobs, folder, request.param)
@@ -221,7 +232,7 @@ def assert_same_weights(one: dict, other: dict) -> None:
         assert other["weights"][weight] == pytest.approx(total, rel=1e-4, abs=2e-3), weight
 
 
-def exported(folder: Path, file: str = "model.safetensors") -> dict[str, Any]:
+def exported(folder: Path, file: str | Path = "model.safetensors") -> dict[str, Any]:
     from safetensors.torch import load_file
 
     return load_file(folder / file)
@@ -292,6 +303,34 @@ def test_deepspeed_evaluates_exports_and_resumes(one_process, deepspeed):
     assert all(name.removeprefix("backbone.") in files for name in seen["weights"])
     for name, total in seen["weights"].items():
         assert files[name.removeprefix("backbone.")].double().sum().item() == pytest.approx(total, abs=1e-4), name
+
+
+def assert_same_export(one: Path, other: Path) -> None:
+    import torch
+
+    names = {path.relative_to(one) for path in one.rglob("*.safetensors")}
+    assert names == {path.relative_to(other) for path in other.rglob("*.safetensors")} != set()
+    for name in names:
+        ours, theirs = exported(one, name), exported(other, name)
+        assert ours.keys() == theirs.keys()
+        assert name.name == "training_modules.safetensors" or not any("lora" in weight for weight in ours), "merged"
+        for weight, tensor in ours.items():
+            torch.testing.assert_close(theirs[weight], tensor, rtol=1e-4, atol=1e-5)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("student", ["untied", "adapters"])
+def test_two_towers_and_adapters_under_deepspeed(student, one_process, deepspeed):
+    assert_same_training(one_process[student], deepspeed[student])
+    assert_same_export(one_process["folder"] / student, deepspeed["folder"] / student)
+
+
+@pytest.mark.parametrize("student", ["untied", "adapters"])
+def test_two_towers_and_adapters_divided_by_fully_shard(student, one_process, two_processes):
+    seen = two_processes[f"divided_{student}"]
+    assert seen["sharded"]
+    assert_same_training(one_process[student], seen)
+    assert_same_export(one_process["folder"] / student, two_processes["folder"] / f"divided_{student}")
 
 
 def test_resuming_is_exact_in_one_process(one_process):
