@@ -94,7 +94,7 @@ class DistillTrainer(JointTraining, RetrievalTrainer):
         )
         if any(term.name == "layer_alignment" for term in self.terms.values()):
             self._paper, self._tags, self._card = LEAD, (*self._tags, "lead"), "lead"
-        elif any(term.name == "rank_consistency" for term in self.terms.values()):
+        elif self._card == "student" and any(term.name == "rank_consistency" for term in self.terms.values()):
             self._paper, self._tags, self._card = LED, (*self._tags, "led"), "led"
         for teacher in self.teachers.values():
             teacher.to(self.args.device)
