@@ -57,6 +57,8 @@ def tiny_config(family: str, vocabulary: int, layers: int = 4, **overrides: Any)
     decoder = encoder | {"num_key_value_heads": 2, "head_dim": 8, "eos_token_id": 3, "bos_token_id": None}
     if family == "bert":
         return transformers.BertConfig(**common, **encoder)
+    if family == "deberta":
+        return transformers.DebertaV2Config(**common, **encoder, pooler_hidden_size=32)
     if family == "roberta":
         return transformers.RobertaConfig(**common, **encoder, type_vocab_size=1)
     if family == "distilbert":

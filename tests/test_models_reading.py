@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -133,6 +134,46 @@ def test_older_folders(tmp_path, bert):
     (folder / "modules.json").write_text(json.dumps(modules))
     model = same_as_theirs(folder)
     assert model.config.query_length == 11 and model.embedding_size == 8
+
+
+def test_pickled_weights_that_would_run_something_are_refused(tmp_path, bert):
+    class Evil:
+        def __reduce__(self):
+            return exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",)
+
+    plain = shutil.copytree(bert, tmp_path / "plain")
+    (plain / "model.safetensors").unlink()
+    torch.save({"x": Evil()}, plain / "pytorch_model.bin")
+    projected = tmp_path / "projected"
+    DenseRetriever.from_pretrained(bert, projection_dim=8).save_pretrained(projected)
+    (dense,) = projected.glob("*_Dense")
+    (dense / "model.safetensors").unlink()
+    torch.save({"linear.weight": Evil()}, dense / "pytorch_model.bin")
+    for folder in (plain, projected):
+        with pytest.raises(InputError, match="a pickle that holds more than numbers.*Give weights in safetensors"):
+            load_model(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_weights_are_read_where_they_are_tensors(tmp_path, bert):
+    """One rule for the backbone and for the modules after it."""
+    from safetensors.torch import load_file
+
+    folder = saved(tmp_path, bert, projection_dim=8)
+    expected = vectors(load_model(folder), TEXTS, "query")
+    files = [folder / "model.safetensors", folder / "2_Dense" / "model.safetensors"]
+    for file in files:
+        torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+        file.unlink()
+    torch.testing.assert_close(vectors(load_model(folder), TEXTS, "query"), expected, rtol=0, atol=0)
+    for file in files:
+        pickled = file.with_name("pytorch_model.bin")
+        whole = pickled.read_bytes()
+        for damaged in (b"", b"no weights", pickle.dumps({"linear.weight": print}), whole[: len(whole) // 2]):
+            pickled.write_bytes(damaged)
+            with pytest.raises(InputError, match="cannot be (loaded|read)|a pickle that holds more than numbers"):
+                load_model(folder)
+        pickled.write_bytes(whole)
 
 
 def test_lower_casing_is_kept(tmp_path, tiny_tokenizer):
@@ -314,6 +355,9 @@ def test_incomplete_weights_are_refused(tmp_path, bert):
     del state["encoder.layer.2.output.dense.weight"]
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="lacks 1 weights.*encoder.layer.2.output.dense.weight"):
+        load_model(folder)
+    (folder / "model.safetensors").write_bytes((bert / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(InputError, match="cannot be loaded"):
         load_model(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match="cannot be loaded"):

@@ -113,6 +113,19 @@ def test_two_towers_and_rankers_are_cut_too(tmp_path, tiny_tokenizer):
     torch.testing.assert_close(pair_scores(load_model(tmp_path / "small"), PAIRS), pair_scores(small, PAIRS))
 
 
+def test_a_pooler_beside_the_encoder_belongs_to_the_head(tmp_path, tiny_tokenizer):
+    source = save_tiny(
+        tmp_path / "ranker", "deberta", tokenizer_for(tiny_tokenizer), head="SequenceClassification", num_labels=1
+    )
+    small = student_from("layers:2", source)
+    assert len(small.backbone.deberta.encoder.layer) == 2
+    assert all(parameter.requires_grad for parameter in small.backbone.pooler.parameters())
+    before = small.weights_fingerprint()
+    with torch.no_grad():
+        small.backbone.pooler.dense.weight.zero_()
+    assert small.weights_fingerprint() != before
+
+
 def test_any_other_model_is_opened_as_it_is(tmp_path, tiny_tokenizer):
     source = save_tiny(tmp_path / "bert", "bert", tiny_tokenizer)
     student = student_from(source, query_length=7)

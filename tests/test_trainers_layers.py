@@ -14,7 +14,7 @@ from hf_distill.data.negatives import TrainingRows
 from hf_distill.errors import InputError
 from hf_distill.losses import contrastive_loss, interaction_map_loss, kl_loss, layer_alignment_loss, maxsim
 from hf_distill.models import CrossEncoderRanker, DenseRetriever, MultiVectorRetriever, student_from
-from hf_distill.models.base import block_list
+from hf_distill.models.backbones import block_list
 from hf_distill.models.layer_scores import LayerTokens, vector_layer_scores
 from hf_distill.models.multi_vector import token_scores
 from hf_distill.retrieval import score_layers, score_rows

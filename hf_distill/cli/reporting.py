@@ -262,7 +262,7 @@ class Report:
 
 def model_figures(model: RetrievalModel) -> dict[str, int]:
     """Layers and parameters of a model as it is served."""
-    from ..models.base import block_list
+    from ..models.backbones import block_list
 
     served = [tower for tower in model.towers.values()]
     return {

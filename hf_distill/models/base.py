@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from ..console import get_logger
 from ..errors import InputError
 from ..files import staged_files
 from . import layouts
+from .backbones import block_list, forward_names, is_adapted, plain_model, unused_parts
 from .candidates import CANDIDATES, arrange, candidate_scores
 from .dropout import has_dropout
 from .layer_scores import LayerTokens, check_layers, vector_layer_scores
@@ -237,7 +237,7 @@ class RetrievalModel(PreTrainedModel):
     def _inputs(self, tower: nn.Module, chunk: Mapping[str, torch.Tensor], embeddings=None) -> dict[str, Any]:
         """The keyword arguments of a backbone for one padded chunk."""
         plain = plain_model(tower)
-        names = _forward_names(type(plain))
+        names = forward_names(type(plain))
         mask = chunk["attention_mask"]
         inputs: dict[str, Any] = {"attention_mask": mask}
         if embeddings is None:
@@ -285,7 +285,7 @@ class RetrievalModel(PreTrainedModel):
         It does not depend on folders or names, nor on weights that the forward pass does not use; it does on the
         weights' precision. The reading of text is not part of it: see [`TextProcessor.settings`].
         """
-        unused = tuple(f"{name}.{part}" for name, tower in self.towers.items() for part in _unused(tower))
+        unused = tuple(f"{name}.{part}" for name, tower in self.towers.items() for part in unused_parts(tower))
         digest = hashlib.sha256(repr(sorted(self.settings().items())).encode())
         for name, tensor in sorted(self.state_dict().items()):
             if name.startswith("training_modules.") or (unused and name.startswith(unused)):
@@ -453,57 +453,3 @@ def use_attention(model: RetrievalModel, implementation: str) -> None:
         if implementation == "sdpa" and not getattr(plain, "_supports_sdpa", False):
             continue
         plain.set_attn_implementation(implementation)
-
-
-def block_list(backbone: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and list of a backbone's blocks: the one module list as long as the configuration says.
-
-    Raises:
-        InputError: If there is none, as where a family shares one block.
-    """
-    total = backbone.config.num_hidden_layers
-    found = [
-        (name, module)
-        for name, module in backbone.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == total
-    ]
-    if not found:
-        raise InputError(
-            f"the backbone {backbone.config.model_type!r} has no list of {total} layers (it may share them)",
-            where="layers",
-            cure="Name a model whose layers have weights of their own",
-        )
-    # Lists inside a layer (experts, say) come after the list of layers in this order.
-    return found[0]
-
-
-def is_adapted(tower: nn.Module) -> bool:
-    """Whether a tower carries PEFT adapters; decided without importing peft."""
-    return hasattr(tower, "merge_and_unload")
-
-
-def plain_model(tower: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a tower that may carry adapters."""
-    return tower.get_base_model() if is_adapted(tower) else tower
-
-
-_NAMES: dict[type, frozenset[str]] = {}
-
-
-def _forward_names(model_class: type) -> frozenset[str]:
-    if model_class not in _NAMES:
-        _NAMES[model_class] = frozenset(inspect.signature(model_class.forward).parameters)
-    return _NAMES[model_class]
-
-
-def _unused(tower: nn.Module) -> list[str]:
-    """Submodules that the forward pass does not use."""
-    return getattr(tower, "_hf_distill_unused", [])
-
-
-def freeze_unused(model: PreTrainedModel) -> None:
-    """Freezes what the forward pass does not use, as dense models a pooler: trainable, it would stall DDP."""
-    if isinstance(getattr(model, "pooler", None), nn.Module):
-        model._hf_distill_unused = ["pooler"]
-    for name in _unused(model):
-        model.get_submodule(name).requires_grad_(False)

@@ -15,7 +15,8 @@ from transformers.utils import ModelOutput
 
 from ..errors import InputError
 from . import layouts, linear_head
-from .base import RetrievalConfig, RetrievalModel, plain_model
+from .backbones import plain_model
+from .base import RetrievalConfig, RetrievalModel
 from .layer_scores import block_outputs
 from .loading import choose_length, load_backbone, load_tokenizer
 from .processing import TextProcessor
@@ -124,7 +125,7 @@ class CrossEncoderRanker(RetrievalModel):
         if layout.passage is not None:
             raise InputError("the model has two towers", where=name, cure="Open it with DenseRetriever")
         folder = layout.query.folder
-        backbone = load_backbone(folder, name, dtype, head=True, attention=attn_implementation)
+        backbone = load_backbone(folder, name, dtype, head="classifier", attention=attn_implementation)
         tokenizer = load_tokenizer(folder, name, backbone, layout.query.lowercase)
         ranker = layout.kind == "cross-encoder"
         head = _open_head(backbone, name, overrides.get("head"), trained=ranker)

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -17,12 +16,14 @@ from transformers.utils import ModelOutput
 
 from ..errors import InputError
 from . import layouts
-from .base import RetrievalConfig, RetrievalModel, block_list, freeze_unused, plain_model
+from .backbones import block_list, freeze_unused, plain_model
+from .base import RetrievalConfig, RetrievalModel
 from .candidates import arrange
 from .layer_scores import LayerTokens, block_outputs, pad_tokens
 from .layouts import Layout, ProjectionLayout, TowerLayout
-from .loading import choose_length, load_backbone, load_tokenizer, refused_pickle
+from .loading import choose_length, load_backbone, load_tokenizer
 from .processing import TextProcessor, tokenizer_fingerprint
+from .projections import Projection, Projections, projection_settings
 from .source import ModelSource, find_model
 
 
@@ -83,19 +84,6 @@ class RetrieverOutput(ModelOutput):
     layer_tokens: tuple | None = None
 
 
-class Projection(nn.Linear):
-    """A linear layer and an activation, computed in float32 whatever the autocast."""
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, activation: str = "Identity"):
-        super().__init__(in_features, out_features, bias=bias)
-        self.activation = getattr(nn, activation)()
-
-    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(vectors.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            return self.activation(F.linear(vectors.float(), self.weight.float(), bias))
-
-
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
     """Token vectors `[t, l, H]` and their mask `[t, l]` to one float32 vector a text, `[t, H]`."""
     if pooling == "mean":
@@ -145,14 +133,9 @@ class DenseRetriever(RetrievalModel):
             freeze_unused(plain_model(tower))
         width = plain_model(backbone).config.hidden_size
         config.hidden_size = width
-        if config.projections is None:
-            config.projections = []
-            if config.projection_dim is not None:
-                config.projections = [ProjectionLayout(width, config.projection_dim, bias=False).settings()]
-        self.projections = nn.ModuleList(Projection(**settings) for settings in config.projections)
-        self.passage_projections = None
-        if not config.tied_projections:
-            self.passage_projections = nn.ModuleList(Projection(**settings) for settings in config.projections)
+        config.projections = projection_settings(config.projections, width, config.projection_dim)
+        self.projections = Projections(config.projections)
+        self.passage_projections = None if config.tied_projections else Projections(config.projections)
         if config.temperature is None:
             config.temperature = 0.05 if config.normalize or config.similarity == "cosine" else 1.0
         config.backbone = plain_model(backbone).config.to_dict()
@@ -210,9 +193,9 @@ class DenseRetriever(RetrievalModel):
         config, projections = _settings_of(layout, backbone, tokenizer, overrides, name)
         config.name_or_path = name
         model = cls(config, backbone, tokenizer, passage_backbone)
-        for modules, found in zip((model.projections, model.passage_projections), projections):
-            for module, one in zip(modules or (), found):
-                load_projection(module, one)
+        model.projections.fill(projections[0])
+        if model.passage_projections is not None:
+            model.passage_projections.fill(projections[1])
         model.to(backbone.dtype)
         model.source = source
         model.attention_is_fixed = attn_implementation is not None
@@ -280,8 +263,7 @@ class DenseRetriever(RetrievalModel):
         hidden = tower(**self._inputs(tower, chunk, embeddings)).last_hidden_state
         vectors = pool(hidden, chunk["attention_mask"], self.config.pooling)
         projections = self.passage_projections if second and self.passage_projections is not None else self.projections
-        for projection in projections:
-            vectors = projection(vectors)
+        vectors = projections(vectors)
         return F.normalize(vectors, dim=-1) if self.config.normalize else vectors
 
     def _encode_layers(
@@ -397,7 +379,7 @@ class DenseRetriever(RetrievalModel):
 
     def _export(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
         config = self.config
-        shared = self._projection_tensors("projections", state)
+        shared = self.projections.exported("projections", state)
         if self.passage_backbone is None and self.passage_projections is None:
             self._save_tower("backbone", folder, state)
             tail = layouts.write_tail(folder, config.pooling, config.hidden_size, shared, config.normalize)
@@ -428,7 +410,7 @@ class DenseRetriever(RetrievalModel):
             subfolder = f"{route}_0_Transformer"
             self._save_tower(tower, folder / subfolder, state)
             layouts.write_lengths(folder / subfolder, length, length)
-            projections = self._projection_tensors(attribute, state) if own_projections else []
+            projections = getattr(self, attribute).exported(attribute, state) if own_projections else []
             tail = layouts.write_tail(
                 folder, config.pooling, config.hidden_size, projections, normalize=False, prefix=f"{route}_"
             )
@@ -439,16 +421,6 @@ class DenseRetriever(RetrievalModel):
         )
         layouts.write_modules(folder, [("", "Router"), *tail])
 
-    def _projection_tensors(self, attribute: str, state: Mapping[str, torch.Tensor]) -> list:
-        found = []
-        for number, settings in enumerate(self.config.projections):
-            tensors = {
-                f"linear.{part}": state[f"{attribute}.{number}.{part}"].contiguous()
-                for part in (("weight", "bias") if settings["bias"] else ("weight",))
-            }
-            found.append((ProjectionLayout(**settings), tensors))
-        return found
-
     def _restore(self, folder: Path) -> None:
         layout = layouts.read_layout(folder, str(folder))
         self._restore_tower("backbone", layout.query.folder)
@@ -457,11 +429,9 @@ class DenseRetriever(RetrievalModel):
                 raise RuntimeError("the folder holds one tower, the model has two")
             self._restore_tower("passage_backbone", layout.passage.folder)
         own, second = _projection_layouts(layout)
-        for modules, found in ((self.projections, own), (self.passage_projections, second)):
-            if modules is not None and len(modules) != len(found):
-                raise RuntimeError(f"the folder has {len(found)} Dense modules, the model {len(modules)}")
-            for module, one in zip(modules or (), found):
-                load_projection(module, one)
+        self.projections.restore(own)
+        if self.passage_projections is not None:
+            self.passage_projections.restore(second)
 
 
 _SETTINGS = (
@@ -533,21 +503,3 @@ def _projection_layouts(layout: Layout) -> tuple[tuple[ProjectionLayout, ...], t
         return (*tower.projections, *layout.shared_projections)
 
     return of(layout.query), of(layout.passage or layout.query)
-
-
-def load_projection(module: Projection, layout: ProjectionLayout) -> None:
-    """Fills a projection from a Dense module's folder, older pickle-free `.bin` files included."""
-    path = layout.folder / "model.safetensors"
-    if path.is_file():
-        from safetensors.torch import load_file
-
-        state = load_file(path)
-    elif (layout.folder / "pytorch_model.bin").is_file():
-        try:
-            state = torch.load(layout.folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-        except UnpicklingError:
-            raise refused_pickle(str(layout.folder)) from None
-    else:
-        raise InputError("the folder holds no weights", where=str(layout.folder), cure="Download the model again")
-    own = {key.removeprefix("linear."): value for key, value in state.items() if key.startswith("linear.")}
-    module.load_state_dict(own)

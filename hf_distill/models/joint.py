@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+from .backbones import freeze_unused, plain_model
 from .base import RetrievalModel
 from .processing import TextProcessor
 
@@ -41,8 +42,7 @@ class JointModel(nn.Module):
         super().__init__()
         self.student, self.teacher = student, teacher.requires_grad_(True)
         for tower in teacher.towers.values():
-            for name in getattr(tower, "_hf_distill_unused", []):
-                tower.get_submodule(name).requires_grad_(False)
+            freeze_unused(plain_model(tower))
 
     def forward(self, student: Mapping[str, Any], teacher: Mapping[str, Any]) -> JointOutput:
         """Both models on their own tokens of one batch.

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 from ..console import get_logger
 from ..errors import InputError
 from . import layouts
-from .base import RetrievalConfig, RetrievalModel, plain_model
+from .backbones import plain_model
+from .base import RetrievalConfig, RetrievalModel
 from .dense import Kind, RetrieverOutput
 from .layouts import Layout
 from .loading import choose_length, load_backbone, load_tokenizer

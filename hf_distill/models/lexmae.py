@@ -6,7 +6,6 @@ head are those of a native model, which is what is saved; the weak decoder is tr
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,18 @@ from transformers.utils import ModelOutput
 
 from ..errors import InputError
 from . import layouts
-from .base import RetrievalConfig, RetrievalModel, plain_model
+from .backbones import plain_model
+from .base import RetrievalConfig, RetrievalModel
 from .lexical import ends_with_projection, pooled_mask, special_tokens
-from .loading import check_masked_lm, choose_length, load_backbone, load_tokenizer, quiet_transformers
+from .loading import (
+    check_masked_lm,
+    choose_length,
+    config_of_layers,
+    load_backbone,
+    load_tokenizer,
+    quiet_transformers,
+    read_config,
+)
 from .processing import TextProcessor
 from .source import ModelSource, find_model
 from .token_maximum import replaced_forward, token_maximum
@@ -290,13 +298,8 @@ def _cross_entropy(project: Any, hidden: torch.Tensor, labels: torch.Tensor) -> 
 
 def _small_decoder(backbone: PreTrainedModel, layers: int) -> PreTrainedModel:
     """A new model of the same family with a few layers, which takes embedded tokens as they are."""
-    config = copy.deepcopy(backbone.config)
-    total = config.num_hidden_layers
-    for key, value in list(vars(config).items()):
-        # Settings by layer, such as the kinds of attention.
-        if isinstance(value, list) and len(value) == total and key != "architectures":
-            setattr(config, key, [value[number % total] for number in range(layers)])
-    config.num_hidden_layers = layers
+    total = backbone.config.num_hidden_layers
+    config = config_of_layers(backbone.config, [number % total for number in range(layers)])
     decoder = AutoModel.from_config(config)
     decoder.embeddings = GivenEmbeddings()
     if getattr(decoder, "pooler", None) is not None:
@@ -305,10 +308,7 @@ def _small_decoder(backbone: PreTrainedModel, layers: int) -> PreTrainedModel:
 
 
 def _fresh_backbone(folder: Path, name: str, dtype: str | torch.dtype) -> PreTrainedModel:
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"config.json cannot be read ({error})", where=name) from None
+    config = read_config(folder, name)
     check_masked_lm(config, name)
     with quiet_transformers():
         model = AutoModelForMaskedLM.from_config(config)

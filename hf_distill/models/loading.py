@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import copy
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +21,10 @@ from .processing import prepare_tokenizer
 
 logger = get_logger(__name__)
 
+_CURE = "Give a folder written by save_pretrained, or a model id of the Hub"
+
+# What a backbone may carry on top: nothing, a classifier of one label, or a masked-LM head.
+Head = Literal["none", "classifier", "masked_lm"]
 # Where GELU is nearly linear: what a new masked-LM head adds to hidden states before it.
 _SHIFT = 4.0
 # Share of terms that a new lexical head leaves at 0.
@@ -88,12 +93,45 @@ def choose_length(
     return min(length, limit) if limit is not None else int(min(length, 1 << 20))
 
 
+def auto_class(head: Head) -> Any:
+    """The class of transformers that opens and makes backbones with such a head."""
+    import transformers
+
+    name = {
+        "none": "AutoModel",
+        "classifier": "AutoModelForSequenceClassification",
+        "masked_lm": "AutoModelForMaskedLM",
+    }
+    return getattr(transformers, name[head])
+
+
+def read_config(folder: Path, name: str) -> PretrainedConfig:
+    """The configuration of a folder's transformers model.
+
+    Raises:
+        InputError: If the folder describes no model that transformers itself knows.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        needs_code = "trust_remote_code" in str(error)
+        raise InputError(
+            "the model needs Python code of its repository, which this library never runs"
+            if needs_code
+            else f"config.json describes no model that transformers knows ({_first_line(error)})",
+            where=name,
+            cure="Give a model of an architecture that transformers has" if needs_code else _CURE,
+        ) from None
+
+
 def load_backbone(
     folder: Path,
     name: str,
     dtype: str | torch.dtype,
     *,
-    head: bool | str = False,
+    head: Head = "none",
     attention: str | None = None,
     new_head: str | None = None,
 ) -> PreTrainedModel:
@@ -103,7 +141,7 @@ def load_backbone(
         folder: The folder.
         name: What the user called the model, for messages.
         dtype: The weights' precision, whatever the folder's is.
-        head: With a classification head of one label (True), a masked-LM head (`"masked_lm"`), or without any head.
+        head: What it carries on top of its blocks.
         attention: The attention implementation; None for transformers' choice.
         new_head: How to start a masked-LM head that the folder lacks, see [`start_masked_lm_head`]; None refuses.
 
@@ -111,20 +149,8 @@ def load_backbone(
         InputError: If the folder holds no such model, or weights that do not fill it.
     """
     import transformers
-    from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-    cure = "Give a folder written by save_pretrained, or a model id of the Hub"
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        needs_code = "trust_remote_code" in str(error)
-        raise InputError(
-            "the model needs Python code of its repository, which this library never runs"
-            if needs_code
-            else f"config.json describes no model that transformers knows ({_first_line(error)})",
-            where=name,
-            cure="Give a model of an architecture that transformers has" if needs_code else cure,
-        ) from None
+    config = read_config(folder, name)
     options: dict[str, Any] = {
         "config": config,
         "dtype": dtype,
@@ -133,11 +159,10 @@ def load_backbone(
     }
     if attention is not None:
         options["attn_implementation"] = attention
-    loader: Any = AutoModelForSequenceClassification if head else AutoModel
+    loader = auto_class(head)
     if head == "masked_lm":
-        loader = AutoModelForMaskedLM
         check_masked_lm(config, name)
-    elif head:
+    elif head == "classifier":
         _check_labels(config, name)
     elif config.model_type in _ENCODER_CLASSES:
         loader = getattr(transformers, _ENCODER_CLASSES[config.model_type])
@@ -148,18 +173,65 @@ def load_backbone(
             where=name,
             cure=f"Give an encoder or a decoder; of encoder-decoders only {', '.join(_ENCODER_CLASSES)} are read",
         )
-    try:
-        with quiet_transformers():
-            model, report = loader.from_pretrained(folder, **options)
-    except UnpicklingError:
-        raise refused_pickle(name) from None
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"the model cannot be loaded ({_first_line(error)})", where=name, cure=cure) from None
+    with _weights_that_are_tensors(name, "the model cannot be loaded"), quiet_transformers():
+        model, report = loader.from_pretrained(folder, **options)
     if head == "masked_lm":
         _check_masked_lm_head(model, report, name, new_head)
     else:
-        _check_report(model, report, name, bool(head))
+        _check_report(model, report, name, head)
     return model
+
+
+@contextlib.contextmanager
+def _weights_that_are_tensors(where: str, problem: str) -> Iterator[None]:
+    """Turns whatever reading weights may raise into [`InputError`].
+
+    Safetensors are preferred everywhere. Older checkpoints, and the Dense modules of older sentence-transformers, have
+    their weights in `pytorch_model.bin`, which is a pickle; many models of the Hub have nothing else. It is read as
+    transformers reads it, by PyTorch's weights-only unpickler (`torch.load(weights_only=True)`, sound since 2.6, which
+    this library requires): that builds tensors and plain containers of them, and refuses every other name that the
+    file asks for before anything of it runs. So no code of a checkpoint is ever run, whichever file it comes in.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError:
+        # The unpickler's own text advises to switch its guard off.
+        raise InputError(
+            "the weights are a pickle that holds more than numbers, which is not read",
+            where=where,
+            cure="Give weights in safetensors; a pickle can run any program when it is read",
+        ) from None
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
+        raise InputError(f"{problem} ({_first_line(error)})", where=where, cure=_CURE) from None
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors in a module's folder: `model.safetensors`, or the older `pytorch_model.bin` where there is no other.
+
+    Raises:
+        InputError: If there is neither, or a file that holds anything but tensors.
+    """
+    from safetensors.torch import load_file
+
+    path, older = folder / "model.safetensors", folder / "pytorch_model.bin"
+    if not path.is_file() and not older.is_file():
+        raise InputError("the folder holds no weights", where=str(folder), cure="Download the model again")
+    with _weights_that_are_tensors(str(folder), "the weights cannot be read"):
+        # The one other place where weights are read is transformers' own `from_pretrained`, by the same rule.
+        return load_file(path) if path.is_file() else torch.load(older, map_location="cpu", weights_only=True)
+
+
+def config_of_layers(config: PretrainedConfig, positions: Sequence[int]) -> PretrainedConfig:
+    """A copy of a configuration with these of its layers, counted from 0, which may repeat.
+
+    Settings by layer, such as the kinds of attention of a decoder, are chosen along.
+    """
+    config, total = copy.deepcopy(config), config.num_hidden_layers
+    for key, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == total and key != "architectures":
+            setattr(config, key, [value[position] for position in positions])
+    config.num_hidden_layers = len(positions)
+    return config
 
 
 def check_masked_lm(config: PretrainedConfig, name: str) -> None:
@@ -244,11 +316,11 @@ def _check_labels(config: PretrainedConfig, name: str) -> None:
         )
 
 
-def _check_report(model: PreTrainedModel, report: Mapping[str, Any], name: str, head: bool) -> None:
+def _check_report(model: PreTrainedModel, report: Mapping[str, Any], name: str, head: Head) -> None:
     """What to do about weights that the folder lacks: a spare pooler is dropped, a new head said, the rest refused."""
     missing = sorted(report["missing_keys"])
     unfilled = [key for key in missing if not key.startswith("pooler.")]
-    if head:
+    if head == "classifier":
         prefix = f"{model.base_model_prefix}."
         new_head = [key for key in missing if not key.startswith(prefix) or key.startswith(f"{prefix}pooler.")]
         unfilled = [key for key in missing if key not in new_head]
@@ -269,15 +341,6 @@ def _refuse_incomplete(report: Mapping[str, Any], unfilled: list[str], name: str
             where=name,
             cure="Give a complete checkpoint; one of another architecture has to be converted first",
         )
-
-
-def refused_pickle(name: str) -> InputError:
-    """The sentence about weights whose pickle would run something, which PyTorch does not read."""
-    return InputError(
-        "the weights are a pickle that holds more than numbers, which is not read",
-        where=name,
-        cure="Give weights in safetensors; a pickle can run any program when it is read",
-    )
 
 
 def _first_line(error: Exception) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import AddedToken, AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -17,13 +16,15 @@ from ..distributed import gather_rows, max_over_processes
 from ..errors import InputError
 from ..losses.maxsim import maxsim, own_maxsim
 from . import layouts
-from .base import RetrievalConfig, RetrievalModel, freeze_unused, plain_model
+from .backbones import freeze_unused, plain_model
+from .base import RetrievalConfig, RetrievalModel
 from .candidates import arrange
-from .dense import Kind, Projection, load_projection
+from .dense import Kind
 from .layer_scores import LayerTokens, block_outputs, pad_tokens
 from .layouts import ProjectionLayout
 from .loading import choose_length, load_backbone, load_tokenizer, longest_input, quiet_transformers
 from .processing import TextProcessor
+from .projections import Projections, projection_settings
 from .source import ModelSource, find_model
 from .token_layouts import PUNCTUATION, TokenLayout, fits_pylate, read_token_layout, write_native, write_pylate
 
@@ -149,11 +150,8 @@ class MultiVectorRetriever(RetrievalModel):
         freeze_unused(plain_model(backbone))
         config.hidden_size = width = plain_model(backbone).config.hidden_size
         config.skip_words = list(config.skip_words or [])
-        if config.projections is None:
-            config.projections = []
-            if config.projection_dim:
-                config.projections = [ProjectionLayout(width, config.projection_dim, bias=False).settings()]
-        self.projections = nn.ModuleList(Projection(**settings) for settings in config.projections)
+        config.projections = projection_settings(config.projections, width, config.projection_dim)
+        self.projections = Projections(config.projections)
         config.projection_dim = config.projections[-1]["out_features"] if config.projections else 0
         config.backbone = plain_model(backbone).config.to_dict()
         _check_settings(config)
@@ -229,9 +227,7 @@ class MultiVectorRetriever(RetrievalModel):
         config.name_or_path = name
         _register_markers(backbone, tokenizer, (config.query_marker, config.passage_marker))
         model = cls(config, backbone, tokenizer)
-        for module, found in zip(model.projections, layout.projections):
-            if found.folder is not None:
-                load_projection(module, found)
+        model.projections.fill(layout.projections)
         model.to(backbone.dtype)
         model.source = source
         model.attention_is_fixed = attn_implementation is not None
@@ -325,9 +321,7 @@ class MultiVectorRetriever(RetrievalModel):
                 vectors = self.backbone(**inputs).last_hidden_state
         else:
             vectors = self.backbone(**inputs).last_hidden_state
-        for projection in self.projections:
-            vectors = projection(vectors)
-        vectors = vectors.float()
+        vectors = self.projections(vectors).float()
         if self.config.normalize:
             vectors = F.normalize(vectors, dim=-1)
         if not layers:
@@ -403,11 +397,7 @@ class MultiVectorRetriever(RetrievalModel):
 
     def _export(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
         config = self.config
-        projections = []
-        for number, settings in enumerate(config.projections):
-            parts = ("weight", "bias") if settings["bias"] else ("weight",)
-            tensors = {f"linear.{part}": state[f"projections.{number}.{part}"].contiguous() for part in parts}
-            projections.append((ProjectionLayout(**settings), tensors))
+        projections = self.projections.exported("projections", state)
         self._save_tower("backbone", folder, state)
         (write_pylate if fits_pylate(config) else write_native)(folder, config, projections)
         layouts.write_json(
@@ -418,12 +408,7 @@ class MultiVectorRetriever(RetrievalModel):
     def _restore(self, folder: Path) -> None:
         layout = read_token_layout(folder, str(folder))
         self._restore_tower("backbone", layout.folder)
-        if len(self.projections) != len(layout.projections):
-            raise RuntimeError(
-                f"the folder has {len(layout.projections)} Dense modules, the model {len(self.projections)}"
-            )
-        for module, found in zip(self.projections, layout.projections):
-            load_projection(module, found)
+        self.projections.restore(layout.projections)
 
 
 def token_scores(

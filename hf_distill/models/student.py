@@ -10,11 +10,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..errors import InputError
-from .base import RetrievalModel, block_list, freeze_unused, is_adapted
+from .backbones import block_list, freeze_unused, is_adapted
+from .base import RetrievalModel
 from .cross_encoder import CrossEncoderRanker
 from .dense import DenseRetriever
 from .lexical import LexicalRetriever
-from .loading import quiet_transformers
+from .loading import config_of_layers, quiet_transformers
 from .multi_vector import MultiVectorRetriever
 
 
@@ -142,12 +143,7 @@ def _reduced(backbone: PreTrainedModel, positions: list[int]) -> PreTrainedModel
     total = len(layers)
     if not positions or positions != sorted(set(positions)) or positions[0] < 0 or positions[-1] >= total:
         raise InputError(f"the backbone has the layers 0 to {total - 1}, not {positions}", where="layers")
-    config = copy.deepcopy(backbone.config)
-    for key, value in list(vars(config).items()):
-        # Settings by layer, such as the kinds of attention of a decoder.
-        if isinstance(value, list) and len(value) == total and key != "architectures":
-            setattr(config, key, [value[position] for position in positions])
-    config.num_hidden_layers = len(positions)
+    config = config_of_layers(backbone.config, positions)
     kept: dict[str, Any] = {}
     for key, tensor in backbone.state_dict().items():
         if not key.startswith(f"{prefix}."):

@@ -13,7 +13,8 @@ from ..console import get_logger
 from ..data.rows import RowSet
 from ..errors import InputError
 from ..files import read_json, write_json
-from ..models.base import RetrievalModel, is_adapted
+from ..models.backbones import is_adapted
+from ..models.base import RetrievalModel
 from ..models.student import load_model
 from ..teachers.base import Teacher
 from .arguments import DistillTrainingArguments
