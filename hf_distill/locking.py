@@ -30,10 +30,12 @@ def lock_folder(folder: str | os.PathLike, *, beside: bool = False) -> None:
         beside: Put the lock next to the folder, for one that is replaced as a whole.
 
     Raises:
-        InputError: If another process works there now.
+        InputError: If another process works there now, or it is a file.
     """
     from filelock import FileLock, Timeout
 
+    if Path(folder).is_file():
+        raise InputError("is a file where a folder is needed", where=str(folder), cure="Choose another --output_dir")
     path = _lock_path(Path(folder), beside)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = _HELD.setdefault(path, FileLock(path))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
 from hf_distill.cli import folders
+from hf_distill.cli.evaluate import system_names
 from hf_distill.cli.main import main
+from hf_distill.data import load_collection
 from hf_distill.errors import InputError
 from hf_distill.trainers.checkpoints import last_complete_checkpoint
 
@@ -106,6 +110,35 @@ def test_systems_that_are_not_there_are_said_before_any_is_measured(micro, tmp_p
 
 
 @pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--measures", "nDCG@10,R"], "lacks a cut-off"),
+        (["--measures", "foo"], "unknown measure"),
+        (["--depth", "0"], "--depth: 0 passages"),
+        (["--relevance", "9"], "no query has a document of grade 9 or more"),
+        (["--index", "nonsense"], "could not parse index string nonsense"),
+        (["--names", "same", "same"], "two systems have the same name"),
+    ],
+)
+def test_wishes_about_an_evaluation_are_looked_at_first(flags, message, micro, tiny_bert, tmp_path, capsys):
+    out = tmp_path / "figures"
+    command = ["evaluate", "--data", micro, "--model", "bm25", tiny_bert, "--output_dir", out]
+    assert message in refusal(capsys, *command, *flags)
+    assert not out.exists()
+
+
+def test_systems_of_equal_names_are_numbered():
+    assert system_names(["a/x", "b/x.trec", "x_2", "c/x/"], None) == ["x", "x_2", "x_2_2", "x_3"]
+
+
+def test_an_index_that_does_not_exist_is_refused_before_encoding(micro, tiny_bert, tmp_path, capsys):
+    for verb, more in (("mine", ["--output_dir", tmp_path / "rows"]), ("search", ["--query", "bread"])):
+        command = [verb, "--data", micro, "--model", tiny_bert, "--index", "nonsense", *more]
+        assert "could not parse index string nonsense" in refusal(capsys, *command)
+    assert not [path for path in Path(os.environ["HF_DISTILL_CACHE"]).iterdir() if path.name not in ("data", "rows")]
+
+
+@pytest.mark.parametrize(
     ("verb", "flag"),
     [("mine", "--rows"), ("mine", "--mine_with"), ("evaluate", "--test_split"), ("score", "--index")]
     + [("search", "--train_split")],
@@ -137,5 +170,47 @@ def test_a_split_without_positives_is_found_first(micro, tiny_bert, tmp_path, ca
             ["distill", "--data", str(data), "--teacher", str(tiny_bert), "--student", "layers:2"]
             + ["--output_dir", str(tmp_path / "out")]
         )
-    assert "judgements 'dev': no query has a relevant document" in capsys.readouterr().err
+    assert "judgements 'dev': no query has a document of grade 1 or more" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    # Who does not look at that split does not mind.
+    main(["search", "--data", str(data), "--model", "bm25", "--query", "bread"])
+    (data / "qrels" / "dev.tsv").rename(data / "qrels" / "train.tsv")
+    command = ["train", "--data", data, "--model", tiny_bert, "--output_dir", tmp_path / "out", *SMALL]
+    assert "judgements 'train': no query has a document of grade 1 or more" in refusal(capsys, *command)
+
+
+def test_rows_that_nothing_can_be_learned_from_are_refused_before_any_work(micro, tiny_bert, tmp_path, capsys):
+    data = load_collection(micro)
+    bare, unlabelled = tmp_path / "bare.jsonl", tmp_path / "unlabelled.jsonl"
+    for path, count, positives in ((bare, 1, 1), (unlabelled, 9, 0)):
+        documents = data.corpus.ids_at(range(count))
+        rows = [
+            {"query_id": name, "document_ids": documents, "num_positives": positives}
+            for name in data.queries.ids_at(range(8))
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = ["train", "--data", micro, "--model", tiny_bert, "--output_dir", tmp_path / "out", *SMALL]
+    distill = ["distill", "--data", micro, "--teacher", tiny_bert, "--student", "layers:2", "--output_dir"]
+    distill += [tmp_path / "out", *SMALL, "--losses", "[contrastive]"]
+    assert "8 of 8 rows have no candidates to draw 3 negatives from" in refusal(capsys, *train, "--rows", bare)
+    for command in (train, distill):
+        assert "no row has a positive, so there is" in refusal(capsys, *command, "--rows", unlabelled)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_another_run_stay(micro, tmp_path, capsys):
+    rows = tmp_path / "rows"
+    command = ["mine", "--data", str(micro), "--model", "bm25", "--mine_depth", "20", "--output_dir"]
+    main([*command, str(rows)])
+    kept = {path.name: path.read_bytes() for path in rows.glob("*.parquet")}
+    message = refusal(capsys, *command, rows, "--mine_negatives", "4")
+    assert f"{rows}: holds another run's rows (mine_negatives: 30, now 4)" in message
+    main([*command, str(rows)])
+    assert {path.name: path.read_bytes() for path in rows.glob("*.parquet")} == kept
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("mine")
+    assert "holds something that is no row set" in refusal(capsys, *command, tmp_path / "thesis")
+    assert "chapter.txt: is a file where a folder is needed" in refusal(
+        capsys, *command, tmp_path / "thesis" / "chapter.txt"
+    )
+    assert "mining option 'depth': depth is 0" in refusal(capsys, *command, tmp_path / "new", "--mine_depth", "0")

@@ -381,7 +381,11 @@ def test_offline_id_that_is_neither_folder_nor_cached():
     [
         ("corpus.jsonl", CORPUS + '{"text": "x"}\n', r"corpus.jsonl, line 3, field '_id': the identifier is missing"),
         ("corpus.jsonl", '{"text": "x"}\n', r"corpus.jsonl, line 1: no column 'document_id' \(found: 'text'\)"),
-        ("corpus.jsonl", CORPUS + CORPUS, r"corpus.jsonl, line 3, .*'d1' is used twice, also in .*jsonl, line 1"),
+        (
+            "corpus.jsonl",
+            CORPUS + CORPUS,
+            r"jsonl, line 3, field '_id': .*'d1' is used twice, also in .*jsonl, line 1",
+        ),
         ("queries.jsonl", QUERIES + "\n" + QUERIES, r"queries.jsonl, line 4, .*'q1' is used twice, also in .*line 1"),
         ("corpus.jsonl", CORPUS + '{"_id": "d3"}\n', r"corpus.jsonl, line 3, field 'text': the text is missing"),
         ("corpus.jsonl", CORPUS + "[1]\n", r"corpus.jsonl, line 3: a JSON list"),
@@ -395,7 +399,7 @@ def test_offline_id_that_is_neither_folder_nor_cached():
         (
             "qrels/test.tsv",
             "q1\td1\t1\nq2\td2\t1\n",
-            r"test.tsv, line 2: no column 'query_id' \(found: 'q1', 'd1', '1'\)",
+            r"test.tsv, line 2: no column 'query_id' \(found: 'q1', 'd1', '1'\). Name it 'query_id' in the first line",
         ),
         ("qrels/test.tsv", "query-id\tscore\nq1\t1\n", r"test.tsv, line 2: no column 'document_id'.*'corpus-id'"),
         ("qrels/test.tsv", QRELS + "q1\td2\tyes\n", r"test.tsv, line 5, field 'score': 'yes' is not a whole number"),

@@ -123,6 +123,13 @@ def test_an_empty_pool_is_refused_before_training(sources):
     assert len(TrainingRows(rows, num_negatives=0)[1, 0].documents) == 1
 
 
+def test_a_small_pool_is_said():
+    rows = make_rows([5, 3, 5, 3], [1, 1, 1, 0], sources=lambda d: "common")
+    assert TrainingRows(rows, num_negatives=2).repeated is None
+    said = TrainingRows(rows, num_negatives=3).repeated
+    assert "2 of 4 rows have fewer candidates than the 3 negatives" in said and "'q1' with 2" in said
+
+
 def test_a_pool_without_the_wanted_source_is_empty():
     rows = make_rows([4, 4], [1, 1], sources=lambda d: "a")
     documents = [[1, 2, 3], [4, 5, 6]]

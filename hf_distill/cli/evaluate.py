@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 
 from ..console import is_main_process
@@ -36,11 +37,14 @@ def system_names(models: list[str], names: list[str] | None) -> list[str]:
     if names is not None:
         if len(names) != len(models):
             raise InputError(f"{len(names)} names for {len(models)} models", where="--names", cure="Give one for each")
+        if len(set(names)) != len(names):
+            raise InputError("two systems have the same name", where="--names", cure="Give each its own")
         return names
     found: list[str] = []
     for model in models:
         name = re.sub(r"\.trec$", "", model.rstrip("/").rpartition("/")[2])
-        found.append(name if name not in found else f"{name}_{len(found) + 1}")
+        numbered = (f"{name}_{number}" for number in count(2))
+        found.append(next(one for one in chain([name], numbered) if one not in found))
     return found
 
 
@@ -52,6 +56,8 @@ def run(data_options: CollectionOptions, options: EvaluateOptions, encode_option
         model=(options.model, "Hub ids or folders, bm25, or TREC runs"),
     )
     names = system_names(options.model, options.names)
+    if options.depth < 1:
+        raise InputError(f"{options.depth} passages cannot be ranked", where="--depth", cure="Give 1 or more")
     from ..data import Run
     from ..hub.manifest import write_manifest
     from ..models import load_model
@@ -60,6 +66,7 @@ def run(data_options: CollectionOptions, options: EvaluateOptions, encode_option
 
     data = steps.Data.open(data_options)
     steps.check_split(data.collection, options.split, "--split")
+    steps.check_relevant(data.collection, options.split, "--split", options.relevance)
     data.test = options.split
     encode = steps.encode_settings(encode_options, data_options)
     report = Report(
@@ -79,11 +86,11 @@ def run(data_options: CollectionOptions, options: EvaluateOptions, encode_option
             runs[origin] = Run.load_trec(origin, data.collection.queries, data.collection.corpus)
         elif origin != "bm25":
             models[origin] = load_model(origin)
+    retriever = options.rerank if options.rerank == "bm25" else load_model(options.rerank)
+    steps.check_index(encode_options.index, retriever, *models.values())
     rerank = None
-    if options.rerank != "bm25":
-        rerank = steps.candidates_run(
-            load_model(options.rerank), data, report.queries, options.depth, encode, encode_options.index
-        )
+    if retriever != "bm25":
+        rerank = steps.candidates_run(retriever, data, report.queries, options.depth, encode, encode_options.index)
     for name, origin in zip(names, options.model):
         if origin in runs:
             report.run(name, runs[origin])

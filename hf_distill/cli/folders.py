@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..console import get_logger, is_main_process
+from ..data.rows_io import check_rows_folder
 from ..distributed import engine_of, wait_for_everyone
 from ..errors import InputError
 from ..files import read_json, remove_leftovers, write_json
-from ..hub.manifest import without_secrets
+from ..hub.manifest import MANIFEST, config_of, without_secrets
 from ..locking import lock_folder, unlock_folder
+from ..provenance import current
 from ..settings import NOT_OF_THE_RUN
 
 
@@ -113,10 +115,44 @@ def _changed_inputs(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any
     return [_INPUTS[name]] if name in _INPUTS else []
 
 
-def claim_rows(folder: Path) -> Path:
-    """Makes this run the only one that writes the row set `folder`; all processes must call it."""
+def claim_rows(folder: Path, *, adds: bool = False) -> Path:
+    """Makes this run the only one that writes the row set `folder`; all processes must call it.
+
+    Args:
+        folder: The row set's.
+        adds: The row set there is read, and written with one more column.
+
+    Raises:
+        InputError: If there is something else, or rows that another command has made; or another process writes there.
+    """
     if is_main_process():
+        check_rows_folder(folder)
+        if not adds:
+            _check_maker(folder)
         lock_folder(folder, beside=True)
         remove_leftovers(folder)
     wait_for_everyone()
     return folder
+
+
+def _check_maker(folder: Path) -> None:
+    recorded, path = current(), folder / MANIFEST
+    if recorded is None or not path.is_file():
+        return
+    theirs = read_json(path)
+    if theirs.get("verb") == recorded.verb:
+        # A setting that one of the two lacks came with another version of this package.
+        before, now = theirs.get("config", {}), config_of(recorded.options)
+        differing = sorted(
+            name for name in {*before} & {*now} if before[name] != now[name] and name not in NOT_OF_THE_RUN
+        )
+        shown = "; ".join(f"{name}: {before[name]!r}, now {now[name]!r}" for name in differing[:5])
+    else:
+        # Rows that were scored where they are can be mined again: the scores are in the cache.
+        shown = "" if theirs.get("verb") == "score" else f"of hf-distill {theirs.get('verb')}"
+    if shown:
+        raise InputError(
+            f"holds another run's rows ({shown})",
+            where=str(folder),
+            cure="Choose another --output_dir, or remove that folder",
+        )

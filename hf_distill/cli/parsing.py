@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import typing
-from argparse import SUPPRESS, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..errors import HubError, InputError
 
 # How long another process than the main one waits before it speaks of bad input.
 _PATIENCE_SECONDS = 10.0
+_CONFIG = {"metavar": "FILE.yaml", "help": "A YAML file with any of these fields; flags win."}
 # The exit code of a run that is complete on this machine but not on the Hub.
 NOT_PUSHED = 3
 
@@ -65,26 +66,43 @@ class _HelpFormatter(RawDescriptionHelpFormatter):
             super().add_argument(action)
 
 
+def _help(verb: Verb) -> str:
+    """What the parser of `verb.options` would print, without the second that importing it takes."""
+    parser = ArgumentParser(**_presentation(verb))
+    for cls in verb.options:
+        group = parser.add_argument_group(cls._argument_group_name) if hasattr(cls, "_argument_group_name") else parser
+        for one in dataclasses.fields(cls):
+            shown = {"choices": one.metadata.get("choices"), "help": one.metadata.get("help"), "default": one.default}
+            group.add_argument(f"--{one.name}", **shown)
+    parser.add_argument("--config", **_CONFIG)
+    return parser.format_help()
+
+
+def _presentation(verb: Verb) -> dict[str, Any]:
+    epilog = f"example:\n  {verb.example}\n" if verb.example else ""
+    if verb.arguments is not None:
+        epilog += "\nEvery field of transformers.TrainingArguments is a flag too; --help_all lists them.\n"
+    return {
+        "prog": f"hf-distill {verb.name}",
+        "usage": f"hf-distill {verb.name} [--config FILE.yaml] [--field value ...]",
+        "description": verb.summary,
+        "epilog": epilog,
+        "formatter_class": _HelpFormatter,
+        "allow_abbrev": False,
+    }
+
+
 def _parser(verb: Verb, classes: Sequence[type]):
     from transformers.hf_argparser import HfArgumentParser
 
     class Parser(HfArgumentParser):
         def error(self, message: str):
-            raise InputError(message, cure=f"See hf-distill {verb.name} --help")
+            flag, _, problem = message.removeprefix("argument ").partition(": ")
+            where = flag.partition("/")[0] if problem and message.startswith("argument ") else None
+            raise InputError(problem if where else message, where=where, cure=f"See hf-distill {verb.name} --help")
 
-    epilog = f"example:\n  {verb.example}\n" if verb.example else ""
-    if verb.arguments is not None:
-        epilog += "\nEvery field of transformers.TrainingArguments is a flag too; --help_all lists them.\n"
-    parser = Parser(
-        classes,
-        prog=f"hf-distill {verb.name}",
-        usage=f"hf-distill {verb.name} [--config FILE.yaml] [--field value ...]",
-        description=verb.summary,
-        epilog=epilog,
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE.yaml", help="A YAML file with any of these fields; flags win.")
+    parser = Parser(classes, **_presentation(verb))
+    parser.add_argument("--config", **_CONFIG)
     return parser
 
 
@@ -99,7 +117,7 @@ def parse(verb: Verb, argv: Sequence[str]) -> list[Any]:
     """
     argv = list(argv) if verb.words is None else verb.words(argv)
     if "--help" in argv or "-h" in argv:
-        _parser(verb, verb.options).print_help()
+        sys.stdout.write(_help(verb))
         raise SystemExit(0)
     classes = verb.arguments() if verb.arguments is not None else verb.options
     parser = _parser(verb, classes)
@@ -110,6 +128,11 @@ def parse(verb: Verb, argv: Sequence[str]) -> list[Any]:
     fields = _fields(classes)
     from_file = _flags_of_file(config, fields) if config is not None else []
     _check_flags(argv, fields)
+    try:
+        parser.parse_known_args(from_file)
+    except InputError as error:
+        field = (error.where or "").removeprefix("--")
+        raise InputError(error.problem, where=f"{config}, field {field!r}", cure=error.cure) from None
     return _parsed(verb, parser, [*from_file, *argv])
 
 
@@ -141,12 +164,20 @@ def _fields(classes: Sequence[type]) -> dict[str, dataclasses.Field]:
 
 def _parsed(verb: Verb, parser: Any, words: Sequence[str]) -> list[Any]:
     try:
-        *parsed, _ = parser.parse_args_into_dataclasses(list(words), look_for_args_file=False)
+        *parsed, _, stray = parser.parse_args_into_dataclasses(
+            list(words), look_for_args_file=False, return_remaining_strings=True
+        )
     except InputError:
         raise
     except (ValueError, ImportError) as error:
         # TrainingArguments refuses some options together, and some without a library.
         raise InputError(" ".join(str(error).split()), cure=f"See hf-distill {verb.name} --help_all") from error
+    if stray:
+        raise InputError(
+            f"{' '.join(stray)!r} belongs to no field",
+            where="command line",
+            cure=f"Write --field value; see hf-distill {verb.name} --help",
+        )
     return parsed
 
 

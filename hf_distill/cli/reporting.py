@@ -11,6 +11,7 @@ import numpy as np
 
 from ..console import get_logger, is_main_process
 from ..data import RowSet, Run
+from ..evaluation import parse_measure
 from .steps import Data
 
 
@@ -34,6 +35,9 @@ class Report:
         depth: Passages retrieved for a query; what a cross-encoder re-ranks.
         index: `"Flat"` or a FAISS factory string.
         relevance: The lowest relevant grade.
+
+    Raises:
+        InputError: For an unknown measure.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class Report:
         self.folder = None if folder is None else Path(folder)
         self.data, self.encode = data, dict(encode)
         self.measures = [name.strip() for name in measures.split(",")]
+        for measure in self.measures:
+            parse_measure(measure)  # before anything is measured
         self.depth, self.index, self.relevance = depth, index, relevance
         self.results: dict[str, dict[str, Any]] = {}
         self._bm25: Run | None = None

@@ -86,8 +86,10 @@ def parse_window(text: str | None, depth: int) -> tuple[int, int]:
     Raises:
         InputError: If it is anything else.
     """
+    if text is None:
+        return 1, depth
     try:
-        first, last = (int(part) for part in text.split(",")) if text is not None else (1, depth)
+        first, last = (int(part) for part in text.split(","))
     except ValueError:
         first = last = 0
     if not 1 <= first <= last:
@@ -152,7 +154,10 @@ def mined_rows(
         more: Further arguments of [`mine`].
     """
     from ..retrieval import mine
+    from ..retrieval.searching import check_factory
 
+    if not isinstance(retriever, (str, Run)):
+        check_factory(retriever, index)
     queries = sampled_queries(data, options.max_queries, seed)
     return mine(
         retriever,

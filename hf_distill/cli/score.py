@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..console import duration, get_logger
@@ -68,7 +69,8 @@ def run(data_options: CollectionOptions, options: ScoreOptions, encode_options: 
         announce(model, rows, data.collection, encode)
     if options.plan_only:
         return
-    target = folders.claim_rows(row_sets.row_folder(data, options.output_dir, options.rows))
+    target = row_sets.row_folder(data, options.output_dir, options.rows)
+    folders.claim_rows(target, adds=options.output_dir is None or target.resolve() == Path(options.rows).resolve())
     publishing.check_push_to(options)
     if model is None:
         if options.layers is not None:

@@ -56,6 +56,7 @@ def run(data_options: CollectionOptions, options: SearchOptions, encode_options:
 
     data = steps.Data.open(data_options)
     model = "bm25" if options.model == "bm25" else load_model(options.model)
+    steps.check_index(encode_options.index, model)
     searcher = Searcher(
         model,
         data.collection.corpus,

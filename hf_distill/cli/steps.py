@@ -42,13 +42,8 @@ class Data:
             check_split(collection, options.test_split, "--test_split")
             data.train = options.train_split
             data.eval, data.test = options.eval_split or data.eval, options.test_split or data.test
-        for split in (data.eval, data.test):
-            if split is not None and not len(collection.qrels[split].query_positions()):
-                raise InputError(
-                    "no query has a relevant document, so nothing can be measured",
-                    where=f"{collection.name}, judgements {split!r}",
-                    cure="Give another split (--eval_split, --test_split), or mend the grades",
-                )
+            check_relevant(collection, data.eval, "--eval_split")
+            check_relevant(collection, data.test, "--test_split")
         return data
 
     def facts(self) -> dict[str, Any]:
@@ -70,6 +65,16 @@ def check_split(collection: Collection, split: str | None, flag: str) -> None:
             f"{collection.name} has no judgements {split!r}",
             where=flag,
             cure=f"Its splits are: {', '.join(collection.qrels) or 'none'}",
+        )
+
+
+def check_relevant(collection: Collection, split: str | None, flag: str, relevance: int = 1) -> None:
+    """Raises [`InputError`] if no query of a split has a document of at least that grade."""
+    if split is not None and not len(collection.qrels[split].query_positions(relevance)):
+        raise InputError(
+            f"no query has a document of grade {relevance} or more",
+            where=f"{collection.name}, judgements {split!r}",
+            cure=f"Give another split ({flag}), or mend the grades",
         )
 
 
@@ -178,6 +183,15 @@ def candidates_run(
     return search(source, data.collection, queries, depth, factory=index, **settings)
 
 
+def check_index(index: str, *models: RetrievalModel | str) -> None:
+    """Raises [`InputError`] for an index that does not suit a model; `"bm25"` has its own."""
+    from ..retrieval.searching import check_factory
+
+    for model in models:
+        if not isinstance(model, str):
+            check_factory(model, index)
+
+
 def check_training(
     data: Data,
     row_options: RowOptions,
@@ -197,24 +211,33 @@ def check_training(
         index: `"Flat"` or a FAISS factory string.
         teachers: By name, each with `candidate_sets` and `embedding_size`.
     """
+    from ..data import TrainingRows
     from ..evaluation import parse_measure
-    from ..retrieval.searching import check_factory
+    from ..losses import parse_terms
     from ..trainers.base import check_batch, read_losses, read_sources
-    from ..trainers.retrieval import check_terms
+    from ..trainers.retrieval import check_positives, check_terms
 
     row_sets.mining_options(row_options, args.seed)
     row_sets.check_streaming(row_options)
+    terms = read_losses(args.losses) if args.losses is not None else None
     if row_options.rows is not None:
-        number = len(row_sets.wanted_rows(data, row_options, args.seed))
+        rows = row_sets.wanted_rows(data, row_options, args.seed)
+        number = len(rows)
+        if terms is not None or not teachers:
+            check_positives(terms or parse_terms(["contrastive"]), rows)
+        if not row_options.streaming:  # refuses rows that no example can be made of
+            pools = {"sampling": args.negative_sampling, "sources": read_sources(args)}
+            TrainingRows(rows, num_negatives=args.num_negatives, **pools)
     else:
         number = len(data.collection.split(data.train).query_positions())
+        check_relevant(data.collection, data.train, "--train_split")
     check_batch(number if row_options.max_queries is None else min(number, row_options.max_queries), args)
     read_sources(args)
-    if args.losses is not None:
-        check_terms(read_losses(args.losses), representation=model.representation, teachers=teachers or {})
+    if terms is not None:
+        check_terms(terms, representation=model.representation, teachers=teachers or {})
     for measure in args.eval_measures.split(","):
         parse_measure(measure)
-    check_factory(model, index)
+    check_index(index, model)
     model.check_export()
 
 

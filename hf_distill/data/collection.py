@@ -310,7 +310,8 @@ def _read_qrels(blocks: Iterator[Block], queries: Queries, corpus: Corpus, where
                 raise InputError(
                     f"{ids[index].as_py()!r} is not among the {len(table)} {table.noun} of {table.where}",
                     where=f"{block.place(index)}, field {column!r}",
-                    cure="Add it there or remove the judgement; unknown_ids='drop' passes over such judgements",
+                    cure="Add it there or remove the judgement; load_collection(unknown_ids='drop') and "
+                    "hf-distill convert --unknown_ids drop leave such judgements out",
                 )
             sides.append(positions)
         keep = (sides[0] >= 0) & (sides[1] >= 0)

@@ -95,6 +95,9 @@ class TrainingRows(torch.utils.data.Dataset):
         first_row: Where these rows begin in a larger set that is not here: they are drawn as they would be there, and
             a source need not occur among them.
 
+    Attributes:
+        repeated: A sentence about the rows whose negatives stand more than once in an example; None if there are none.
+
     Raises:
         InputError: For a row without anything to draw from, an unknown column, source or option.
     """
@@ -199,17 +202,27 @@ class TrainingRows(torch.utils.data.Dataset):
 
     def _check_pools(self) -> None:
         wanted = self.num_negatives + (self._num_positives == 0)
-        empty = np.flatnonzero((wanted > 0) & (self._pool_sizes() == 0))
-        if not len(empty):
-            return
-        query = self.rows.queries.ids_at([int(self._query[empty[0]])])[0]
-        among = "" if self._weights is None else f" from {', '.join(map(repr, self._drawn_from))}"
-        raise InputError(
-            f"{len(empty)} of {len(self)} rows have no candidates{among} to draw {self.num_negatives} negatives from,"
-            f" for example query {query!r}",
-            where=f"row {self.first_row + empty[0]}",
-            cure="Mine negatives for these queries, drop the rows, or train with num_negatives 0",
-        )
+        sizes = self._pool_sizes()
+        empty = np.flatnonzero((wanted > 0) & (sizes == 0))
+        if len(empty):
+            among = "" if self._weights is None else f" from {', '.join(map(repr, self._drawn_from))}"
+            raise InputError(
+                f"{len(empty)} of {len(self)} rows have no candidates{among} to draw {self.num_negatives} negatives "
+                f"from, for example query {self._query_id(empty[0])!r}",
+                where=f"row {self.first_row + empty[0]}",
+                cure="Mine negatives for these queries, drop the rows, or train with num_negatives 0",
+            )
+        few = np.flatnonzero(sizes < wanted)
+        self.repeated = None
+        if len(few):
+            self.repeated = (
+                f"{len(few):,} of {len(self):,} rows have fewer candidates than the {self.num_negatives} negatives of "
+                f"an example, for example query {self._query_id(few[0])!r} with {sizes[few[0]]}; theirs are repeated. "
+                "Mine more (--mine_negatives, --mine_depth) or lower --num_negatives."
+            )
+
+    def _query_id(self, row: int) -> str:
+        return self.rows.queries.ids_at([int(self._query[row])])[0]
 
     @cached_property
     def max_positives(self) -> int:

@@ -238,14 +238,19 @@ def _check_candidates(
         )
 
 
-def write_rows(rows: RowSet, folder: Path) -> Path:
-    """See `RowSet.save`."""
-    import pyarrow.parquet as pq
-
+def check_rows_folder(folder: Path) -> None:
+    """Raises [`InputError`] if a row set would replace something else."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "metadata.json").exists():
         raise InputError(
             "the folder holds something that is no row set", where=str(folder), cure="Name an empty or a new folder"
         )
+
+
+def write_rows(rows: RowSet, folder: Path) -> Path:
+    """See `RowSet.save`."""
+    import pyarrow.parquet as pq
+
+    check_rows_folder(folder)
     if not len(rows):
         raise InputError("no rows to save", where=str(folder), cure="A row set needs at least one row")
     stored = schema.rows_schema(rows.columns, positions=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import string
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -141,13 +141,14 @@ class TextTable:
         content = ContentHash(cls.arrow_schema.names)
         starts: list[int] = []
         origins: list[Block] = []  # without their columns: only what places need
-        total = 0
+        total, id_name = 0, cls.id_column
 
         def tables() -> Iterator[pa.Table]:
-            nonlocal total
+            nonlocal total, id_name
             for block in blocks:
                 table = cls.clean(block)
                 content.update(table)
+                id_name = find_column(block, cls.id_names) if len(block) else id_name
                 starts.append(total)
                 origins.append(block.origin())
                 total += table.num_rows
@@ -160,7 +161,7 @@ class TextTable:
             owner = int(np.searchsorted(starts, position, side="right")) - 1
             return origins[owner].place(position - starts[owner])
 
-        cls(open_arrow(folder / "table.arrow"), where=where)._build_index(place).save(folder)
+        cls(open_arrow(folder / "table.arrow"), where=where)._build_index(place, id_name).save(folder)
         write_json(folder / "info.json", {"rows": total, "fingerprint": content.hexdigest(), "source": where})
 
     @classmethod
@@ -181,13 +182,14 @@ class TextTable:
         if rows == 0:
             raise InputError(f"no {cls.noun} in it", where=where, cure="Put at least one row there")
 
-    def _build_index(self, place) -> IdIndex:
+    def _build_index(self, place: Callable[[int], str], id_name: str | None = None) -> IdIndex:
+        """The index of all identifiers; a message calls their column what it is called where they come from."""
         try:
             return IdIndex.build(ArrowStrings(self._column(self.id_column), self._rows))
         except DoubledIdError as error:
             raise InputError(
                 f"the identifier {error.identifier!r} is used twice, also in {place(error.first)}",
-                where=f"{place(error.second)}, field {self.id_column!r}",
+                where=f"{place(error.second)}, field {id_name or self.id_column!r}",
                 cure="Identifiers must be unique; rename or remove one of the two rows",
             ) from None
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hf_distill.data.readers import Block
+from hf_distill.data.readers import Block, file_kind
 from hf_distill.errors import InputError
 
 
@@ -22,10 +22,12 @@ def find_column(block: Block, names: Sequence[str]) -> str:
     for name in names:
         if name in block.columns:
             return name
+    has_header = file_kind(block.where) in (".tsv", ".csv")
     raise InputError(
         f"no column {names[0]!r} (found: {', '.join(map(repr, block.columns)) or 'no columns'})",
         where=block.where if block.unit == "row" else block.place(0),
-        cure=f"Name it {names[0]!r}" + (f"; also read: {', '.join(map(repr, names[1:]))}" if names[1:] else ""),
+        cure=f"Name it {names[0]!r}{' in the first line' if has_header else ''}"
+        + (f"; also read: {', '.join(map(repr, names[1:]))}" if names[1:] else ""),
     )
 
 

@@ -164,7 +164,7 @@ class DistillTrainer(JointTraining, RetrievalTrainer):
                     scores[teacher.score_column], term.calibration, temperature=term.calibration_temperature
                 )
                 for warning in check_teacher_scores(calibrated, temperature=temperature):
-                    logger.warning("teacher %s: %s", teacher.name, warning)
+                    logger.warning("%s: %s", teacher.name, warning)
 
     def loss_parts(self, model: RetrievalModel, output: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         for teacher in self.teachers.values():

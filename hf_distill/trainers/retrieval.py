@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..data.rows import RowSet
+from ..data.streaming import StreamedRows
 from ..errors import InputError
 from ..losses.combine import ANCHOR, LOSSES, LossTerm
 from ..models.base import RetrievalModel
@@ -83,6 +85,18 @@ def check_terms(terms: Mapping[str, LossTerm], *, representation: str, teachers:
             _check_teacher(label, term, teachers)
 
 
+def check_positives(terms: Mapping[str, LossTerm], rows: RowSet | StreamedRows) -> None:
+    """Raises [`InputError`] if no row has a positive and no term can do without."""
+    learning = {label: term for label, term in terms.items() if term.loss.inputs != "representations"}
+    if rows.has_positives or not all(term.loss.target for term in learning.values()):
+        return
+    raise InputError(
+        f"no row has a positive, so there is nothing to learn from with {' and '.join(learning)}",
+        where="rows",
+        cure="Give rows with num_positives above 0, or train on a teacher's scores (kl, margin_mse)",
+    )
+
+
 def _check_teacher(label: str, term: LossTerm, teachers: Mapping[str, Any]) -> None:
     if not teachers:
         raise InputError(
@@ -138,6 +152,8 @@ class RetrievalTrainer(BaseTrainer):
         self.is_lexical = model.representation == "sparse"
         terms = self.parse_losses(args)
         check_terms(terms, representation=model.representation, teachers=self.teachers)
+        if kwargs.get("rows") is not None:
+            check_positives(terms, kwargs["rows"])
         self.prepare_model(model, terms, args.seed)
         super().__init__(self.trained_module(model), args, **kwargs)
         if self.is_lexical and self._card == "student":

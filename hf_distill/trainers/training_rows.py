@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ..console import get_logger
 from ..data.negatives import EpochSampler, TrainingRows
 from ..data.rows import RowSet
 from ..data.streaming import StreamedRows, StreamedTrainingRows, StreamSampler
@@ -15,6 +16,8 @@ from ..errors import InputError
 from ..files import read_json, write_json
 from .arguments import RetrievalTrainingArguments
 
+
+logger = get_logger(__name__)
 
 ROWS_FILE = "training_rows.json"
 
@@ -32,7 +35,7 @@ def make_dataset(
 ) -> TrainingRows | StreamedTrainingRows:
     """The examples that the rows give."""
     kind = StreamedTrainingRows if isinstance(rows, StreamedRows) else TrainingRows
-    return kind(
+    dataset = kind(
         rows,
         num_negatives=args.num_negatives,
         sampling=args.negative_sampling,
@@ -41,6 +44,9 @@ def make_dataset(
         sources=sources,
         score_columns=score_columns,
     )
+    if isinstance(dataset, TrainingRows) and dataset.repeated is not None:
+        logger.warning("%s", dataset.repeated)
+    return dataset
 
 
 def make_sampler(
