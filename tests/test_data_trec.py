@@ -145,6 +145,7 @@ QRELS = "q0 0 d1 1\nq1\t0\td2\t0\n"
         (RUN + "q0 Q0 d7 3 1.0 t\n", r"line 3, field 'document': unknown document 'd7'"),
         (RUN + "q0 Q0 d10 3 high t\n", r"line 3, field 'score': 'high' is not a finite number"),
         (RUN + "q0 Q0 d10 3 nan t\n", r"line 3, field 'score': 'nan' is not a finite number"),
+        (RUN + "q0 Q0 d10 3 1e39 t\n", r"line 3, field 'score': '1e39' is not a finite number"),
         (
             RUN + "q0 Q0 d1 3 0 t\n",
             r"line 3, field 'document': document 'd1' is listed twice for query 'q0', also in line 1",

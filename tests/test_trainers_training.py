@@ -344,7 +344,17 @@ def test_flat_teacher_is_said_and_temperature_is_fitted(tiny_bert, rows, tmp_pat
     assert 0 < confident.terms["kl"].calibration_temperature != 1.0
     assert not caplog.records
     trainer(lambda n: np.full(n, 0.5))
-    assert any("teacher file" in record.getMessage() for record in caplog.records)
+    assert any("file: Teacher scores are flat" in record.getMessage() for record in caplog.records)
+
+
+def test_a_training_of_warm_up_alone_is_said(tiny_bert, rows, tmp_path, caplog):
+    for steps, warmup, said in ((1, 0.1, True), (1, 0, False), (20, 0.1, False)):
+        caplog.clear()
+        args = arguments(tmp_path / "out", max_steps=steps, warmup_steps=warmup)
+        RetrievalTrainer(DenseRetriever.from_pretrained(tiny_bert), args, rows=rows).create_optimizer_and_scheduler(
+            steps
+        )
+        assert ("1 step, all of them warm-up" in caplog.text) is said
 
 
 def test_too_few_rows_for_a_batch(tiny_bert, rows, tmp_path):

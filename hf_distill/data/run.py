@@ -240,23 +240,24 @@ def _known(table: TextTable, ids: Sequence[str], numbers: list[int], path, field
 
 
 def _floats(values: Sequence[str], numbers: list[int], path) -> np.ndarray:
-    try:
-        result = np.array(values, dtype=np.float64)
-        if np.isfinite(result).all():
-            return result.astype(np.float32)
-    except ValueError:
-        pass
-    for number, value in zip(numbers, values):
+    with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is said as that
         try:
-            good = np.isfinite(float(value))
+            result = np.array(values, dtype=np.float64).astype(np.float32)
+            if np.isfinite(result).all():
+                return result
         except ValueError:
-            good = False
-        if not good:
-            raise InputError(
-                f"{value!r} is not a finite number",
-                where=f"{path}, line {number}, field 'score'",
-                cure="Mend the score",
-            )
+            pass
+        for number, value in zip(numbers, values):
+            try:
+                good = np.isfinite(np.float32(float(value)))
+            except ValueError:
+                good = False
+            if not good:
+                raise InputError(
+                    f"{value!r} is not a finite number of float32",
+                    where=f"{path}, line {number}, field 'score'",
+                    cure="Mend the score",
+                )
     raise AssertionError("unreachable: every value was read")
 
 

@@ -16,6 +16,7 @@ from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from ..console import get_logger
 from ..data.collators import RetrievalCollator
 from ..data.negatives import EpochSampler, TrainingRows
 from ..data.rows import RowSet
@@ -42,6 +43,8 @@ from .callbacks import ForgettingCallback, StopAfter
 from .publishing import PublishingTrainer
 from .training_rows import SkipUnread, check_rows_state, make_dataset, make_sampler, write_rows_state
 
+
+logger = get_logger(__name__)
 
 STUDENT = "student"
 
@@ -270,6 +273,16 @@ class BaseTrainer(PublishingTrainer):
         return 0
 
     # ---- Training and evaluation ----
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """As [`~transformers.Trainer.create_scheduler`]; says if nothing but warm-up is left of a short training."""
+        if self.args.get_warmup_steps(num_training_steps) >= num_training_steps:
+            logger.warning(
+                "The training has %d step%s, all of them warm-up, and the first has a learning rate of 0. Lower "
+                "--per_device_train_batch_size or raise --num_train_epochs, or set --warmup_steps 0.",
+                num_training_steps, "s" if num_training_steps > 1 else "",
+            )  # fmt: skip
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As [`~transformers.Trainer.train`]; a checkpoint whose rows were others is refused.
 
