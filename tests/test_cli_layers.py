@@ -87,6 +87,27 @@ def test_lead_by_one_command(name, teacher, more, folder, micro, tiny_bert_sourc
         assert all("teacher_contrastive" in entry and "teacher_kl" in entry for entry in history if "loss" in entry)
 
 
+@pytest.mark.parametrize(
+    ("method", "mode", "terms"),
+    [
+        ("none", "live", {"contrastive"}),
+        ("response", "live", {"kl"}),
+        ("labelled_response", "joint", {"contrastive", "kl", "teacher_contrastive", "teacher_kl"}),
+        ("embedding", "cached", {"contrastive", "embedding_mse"}),
+        ("attention", "live", {"contrastive", "kl", "interaction_maps"}),
+        ("lead_uniform", "joint", {"contrastive", "kl", "teacher_contrastive", "teacher_kl", "layer_alignment"}),
+    ],
+)
+def test_every_baseline_is_one_switch(method, mode, terms, folder, micro, tiny_bert_source, tmp_path):
+    main(
+        ["distill", "--data", str(micro), "--teacher", str(tiny_bert_source), "--student", "layers:2", *COMMON]
+        + ["--method", method, "--teacher_mode", mode, "--rows", str(folder / "rows"), "--max_steps", "1"]
+        + ["--baseline", "false", "--output_dir", str(tmp_path / "out")]
+    )
+    logged = json.loads((tmp_path / "out" / "history.json").read_text())[0]
+    assert terms <= set(logged) and logged["loss"] == pytest.approx(sum(logged[name] for name in terms), rel=1e-3)
+
+
 def test_bad_layers_are_refused_before_any_work(folder, micro, tiny_bert_source, tmp_path, capsys):
     def fails(*words: str) -> str:
         with pytest.raises(SystemExit) as end:
@@ -111,4 +132,7 @@ def test_bad_layers_are_refused_before_any_work(folder, micro, tiny_bert_source,
     assert "cannot score global candidates" in fails(
         *distill[:-2], "--losses", '[{"name": "layer_alignment", "candidates": "global"}]'
     )
+    attention = [*distill[: distill.index("--method")], "--method", "attention", *COMMON]
+    assert "read different tokens" in fails(*attention, "--teacher_mode", "live")
+    assert "only stored scores" in fails(*attention)
     assert not (tmp_path / "out").exists()

@@ -68,6 +68,11 @@ class TeacherSpec:
         """How many layers it has; None where it is only a column."""
         return None if self.model is None else self.model.num_layers
 
+    @property
+    def processor(self) -> Any:
+        """How it reads text while the student is trained; None if it does not then."""
+        return None if self.in_rows else self.model.processor()
+
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raises [`InputError`] for layers that the model does not have; a column is looked at later."""
         if self.model is not None:
@@ -133,7 +138,7 @@ class Distillation:
         """Notes the teachers whose layers teach; refuses layers that are not there before anything is begun."""
         from ..losses.combine import parse_terms
         from ..trainers.base import read_losses
-        from ..trainers.layers import LayerTerms, compares_layers
+        from ..trainers.layers import compares_layers
         from ..trainers.methods import method_losses
 
         args, primary = self.args, self.teachers[0]
@@ -142,15 +147,21 @@ class Distillation:
         else:
             terms = parse_terms(method_losses(args.method or ("lead" if primary.is_joint else "response"), "own"))
         by_name = {None: primary, **{spec.name: spec for spec in self.teachers}}
-        following = {
-            label: by_name[term.teacher]
-            for label, term in terms.items()
-            if compares_layers(term) and term.teacher in by_name
+        self.layer_terms = {
+            label: term for label, term in terms.items() if compares_layers(term) and term.teacher in by_name
         }
-        for spec in following.values():
-            spec.teaches_layers = True
-        known = {label: terms[label] for label, spec in following.items() if spec.model is not None}
-        LayerTerms(known, lambda term: by_name[term.teacher], self.student, args)
+        for term in self.layer_terms.values():
+            by_name[term.teacher].teaches_layers = True
+        self._check_pairs([spec for spec in self.teachers if spec.model is not None])
+
+    def _check_pairs(self, teachers: Sequence[TeacherSpec | Teacher]) -> None:
+        """Raises [`InputError`] for layers that the student or one of these teachers does not have."""
+        from ..trainers.layers import LayerTerms
+
+        by_name = {teacher.name: teacher for teacher in teachers}
+        first = self.teachers[0].name
+        terms = {label: term for label, term in self.layer_terms.items() if (term.teacher or first) in by_name}
+        LayerTerms(terms, lambda term: by_name[term.teacher or first], self.student, self.args)
 
     def _check_streamed_teachers(self) -> None:
         for spec in self.teachers:
@@ -305,9 +316,12 @@ class Distillation:
     def prepare_teachers(self, rows: RowSet) -> tuple[RowSet, list[Teacher]]:
         """Caches what the teachers have to say about the rows, and wraps them for the trainer."""
         from ..retrieval import encode_table, score_layers, score_rows
-        from ..teachers import CachedEmbeddings, CachedScores, JointTeacher, LiveTeacher
+        from ..teachers import CachedEmbeddings, CachedScores, JointTeacher, LiveTeacher, check_column
 
         encode = {**self.encode, "dtype": self.options.teacher_dtype}
+        for spec in self.teachers:
+            if spec.column is not None:
+                check_column(rows, spec.column)  # before another teacher begins to encode
         teachers: list[Teacher] = []
         for number, spec in enumerate(self.teachers):
             column = "scores" if number == 0 else f"scores_{spec.name}"
@@ -340,6 +354,7 @@ class Distillation:
                         origin={"model": spec.origin, "weights": spec.model.weights_fingerprint()},
                     )
                 )
+        self._check_pairs(teachers)
         return rows, teachers
 
     def check_teacher(self) -> str | None:

@@ -15,6 +15,7 @@ import pyarrow as pa
 from hf_distill.console import get_logger
 from hf_distill.data import schema
 from hf_distill.data.arrow import BLOCK_ROWS, Column, ContentHash, build_once, open_arrow, write_arrow
+from hf_distill.data.examples import EXAMPLES, examples_of
 from hf_distill.data.lists import ListView, list_column
 from hf_distill.data.readers import Block
 from hf_distill.data.rows_io import clean_rows, foreign_sides, write_rows
@@ -331,7 +332,8 @@ class RowSet:
             name: `scores`, `retriever_scores`, `scores_<teacher>`, `sources`, `ranks`, …
             values: One entry for each document: all in a row as an array of `lengths.sum()` entries, or one array for
                 each row, or an Arrow list array.
-            **provenance: Put into `metadata["teachers"][name]`, for example `model=…, revision=…`.
+            **provenance: Put into `metadata["teachers"][name]`, for example `model=…, revision=…`. With it, a few of
+                the scores are noted as well, by which [`moved_example`] sees that they belong to these documents.
         """
         kind = schema.per_document_type(name)
         if kind is None:
@@ -350,9 +352,16 @@ class RowSet:
         # Beside the memory-mapped columns, so that only the new one lies in memory.
         dataset = datasets.concatenate_datasets([base, in_memory(pa.table({name: column}))], axis=1)
         metadata = dict(self.metadata)
+        for about in ("teachers", EXAMPLES):
+            # What is known of the column that is replaced.
+            if name in metadata.get(about, {}):
+                metadata[about] = {key: value for key, value in metadata[about].items() if key != name}
+        rows = RowSet(dataset, self.queries, self.corpus, metadata)
         if provenance:
-            metadata["teachers"] = {**metadata.get("teachers", {}), name: provenance}
-        return RowSet(dataset, self.queries, self.corpus, metadata)
+            rows.metadata["teachers"] = {**metadata.get("teachers", {}), name: provenance}
+            if schema.is_score_column(name) or schema.is_layer_column(name):
+                rows.metadata[EXAMPLES] = {**metadata.get(EXAMPLES, {}), name: examples_of(rows, name)}
+        return rows
 
     def select(self, indices: Sequence[int] | np.ndarray) -> RowSet:
         """Only these rows, in this order, in memory."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..data.examples import moved_example
 from ..data.rows_io import are_other_texts
 from ..errors import InputError
 from ..models.candidates import CANDIDATES, arrange, candidate_scores
@@ -57,7 +58,8 @@ class CachedScores(Teacher):
             model: The teacher itself, where it is known: the columns must be of its weights.
 
         Raises:
-            InputError: If a column is not there, was made for other texts, or by other weights than `model`'s.
+            InputError: If a column is not there, was made for other texts, or by other weights than `model`'s, or
+                does not stand in the order of the rows' documents.
         """
         origins = [check_column(rows, one, model) for one in (column, layer_column) if one is not None]
         layers = origins[-1].get("layers", ()) if layer_column is not None else ()
@@ -151,8 +153,11 @@ def check_column(rows: RowSet, column: str, model: Any = None) -> dict[str, Any]
         model: The model that should have made it, or None.
 
     Raises:
-        InputError: If the column is not there, or was made for other texts or by other weights.
+        InputError: If the column is not there, was made for other texts or by other weights, or stands in another
+            order than the rows' documents.
     """
+    from ..data import RowSet
+
     if column not in rows.columns:
         raise InputError(
             f"the rows have no column {column!r}",
@@ -176,5 +181,13 @@ def check_column(rows: RowSet, column: str, model: Any = None) -> dict[str, Any]
             f"teacher {model.name_or_path} (weights {weights})",
             where="teacher",
             cure=f"{again}, or give the revision of the teacher that it was made with",
+        )
+    moved = moved_example(rows, column) if isinstance(rows, RowSet) else None
+    if moved is not None:
+        raise InputError(
+            f"the scores of the column {column!r} do not stand in the order of the rows' documents: document "
+            f"{moved[1]!r} of query {moved[0]!r} was given {moved[2]:.6g} and has another score now",
+            where="teacher",
+            cure=f"{again}, or reorder the column as the documents were",
         )
     return origin
