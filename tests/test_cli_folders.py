@@ -21,6 +21,8 @@ from hf_distill.evaluation import update_metrics
 from hf_distill.files import full_disk, readable_size, staged_files
 from hf_distill.locking import lock_folder, unlock_folder
 
+from .model_zoo import save_tiny
+
 
 SMALL = ["--use_cpu", "true", "--per_device_train_batch_size", "8", "--num_negatives", "3", "--report_to", "none"]
 SMALL += ["--max_steps", "4", "--save_steps", "2", "--eval_strategy", "no", "--mine_depth", "20"]
@@ -128,6 +130,18 @@ def test_a_run_whose_data_changed_is_not_resumed(micro, tiny_bert, tmp_path, cap
     save_file({name: value + 0.01 * torch.ones_like(value) for name, value in weights.items()},
               tiny_bert / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
     assert "the weights to start from changed since" in refusal(capsys, *command)
+
+
+def test_a_pretraining_whose_texts_changed_is_not_resumed(tiny_tokenizer, tmp_path, capsys):
+    model = save_tiny(tmp_path / "masked", "bert", tiny_tokenizer, head="MaskedLM", layers=1)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(f'{{"text": "passage {number}"}}\n' for number in range(40)))
+    command = ["pretrain", "--stream", texts, "--model", model, "--output_dir", tmp_path / "out", "--max_steps", "1"]
+    command += ["--use_cpu", "true", "--per_device_train_batch_size", "4", "--report_to", "none"]
+    main([str(word) for word in command])
+    unlock_folder(tmp_path / "out")
+    texts.write_text(texts.read_text().replace("passage 7", "passage seven"))
+    assert "begun with other data: the files changed since" in refusal(capsys, *command)
 
 
 def test_a_checkpoint_of_other_rows_is_refused(micro, tiny_bert, tmp_path):
