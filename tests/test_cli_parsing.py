@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from hf_distill.cli.main import VERBS, main
-from hf_distill.cli.parsing import Verb, _parser, parse
+from hf_distill.cli.parsing import Verb, _parser, parse, parse_settings
 from hf_distill.errors import InputError
 
 
@@ -57,6 +57,19 @@ def test_file_and_flags(tmp_path):
 def test_errors_name_place_and_cure(tmp_path, yaml, flags, message):
     with pytest.raises(InputError) as caught:
         parsed(tmp_path, yaml, *flags)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"count": "many"}, "phase 'last', field 'count': invalid int value: 'many'"),
+        ({"cuont": 3}, "phase 'last', field 'cuont': unknown field 'cuont'"),
+    ],
+)
+def test_errors_in_settings_name_where_they_stand(settings, message):
+    with pytest.raises(InputError) as caught:
+        parse_settings(VERB, settings, "phase 'last'")
     assert message in str(caught.value)
 
 

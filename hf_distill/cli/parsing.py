@@ -131,8 +131,7 @@ def parse(verb: Verb, argv: Sequence[str]) -> list[Any]:
     try:
         parser.parse_known_args(from_file)
     except InputError as error:
-        field = (error.where or "").removeprefix("--")
-        raise InputError(error.problem, where=f"{config}, field {field!r}", cure=error.cure) from None
+        raise _found_in(str(config), error) from None
     return _parsed(verb, parser, [*from_file, *argv])
 
 
@@ -155,7 +154,16 @@ def parse_settings(verb: Verb, settings: Mapping[str, Any], where: str) -> list[
     try:
         return _parsed(verb, _parser(verb, classes), _flags(settings, _fields(classes), where))
     except InputError as error:
-        raise InputError(error.problem, where=error.where or where, cure=error.cure) from error
+        raise _found_in(where, error) from error
+
+
+def _found_in(where: str, error: InputError) -> InputError:
+    """The error of a parser that was given settings as flags, with the place where they stand."""
+    if error.where is None:
+        place = where
+    else:
+        place = f"{where}, field {error.where[2:]!r}" if error.where.startswith("--") else error.where
+    return InputError(error.problem, where=place, cure=error.cure)
 
 
 def _fields(classes: Sequence[type]) -> dict[str, dataclasses.Field]:
