@@ -56,6 +56,16 @@ def test_phases_equal_stages(micro, tiny_bert, tiny_ranker, tmp_path):
     main([*command, "--phases", json.dumps(phases)])  # nothing is left to do
 
 
+@pytest.mark.parametrize("verb", ["progressive", "tele"])
+def test_verbs_of_several_trainings_take_no_checkpoint(verb, micro, tiny_bert, tmp_path, capsys):
+    given = ["--data", micro, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "you/student", *COMMON]
+    more = {"tele": ["--model", tiny_bert], "progressive": ["--student", tiny_bert, "--phases", "[]"]}
+    with pytest.raises(SystemExit) as end:
+        main([verb, *map(str, [*given, *more[verb]])])
+    assert end.value.code == 2
+    assert "go on by themselves from what lies in the output folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -100,6 +100,7 @@ def test_what_lies_over_wins_and_the_rest_stays(base, over):
         (changed(stages={"ranker": {"verb": "trian"}}), None, ["data=d"], "Did you mean train"),
         (changed(stages={"ranker": {"after": ["nobody"]}}), None, ["data=d"], "there is no stage 'nobody'"),
         (changed(stages={"ranker": {"output_dir": "x"}}), None, ["data=d"], "The recipe decides that"),
+        (BASE, None, ["data=d", "ranker.hub_token=hf_x"], "ranker', hub_token: a secret, which no recipe may hold"),
         (changed(stages={"rank er": {"verb": "train"}}), None, ["data=d"], "no name for a stage"),
         (changed(stages={"data": {"verb": "train"}}), None, ["data=d"], "both a variable and a stage"),
         (changed(variables={"a": "${b}", "b": "${a}"}), None, ["data=d"], "a -> b -> a"),

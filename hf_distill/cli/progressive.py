@@ -124,6 +124,7 @@ def run(
     from .options import ModelOptions
     from .reporting import Report
 
+    publishing.check_no_checkpoint(args, "phases")
     common = [data_options, StudentOptions(baseline=False), row_options, ModelOptions(), encode_options, args]
     phases = [_PhaseOptions(phase, common) for phase in read_phases(options.phases)]
     data = steps.Data.open(data_options)

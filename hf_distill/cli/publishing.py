@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..console import is_main_process
 from ..distributed import wait_for_everyone
+from ..errors import InputError
 from ..files import read_json
 from .options import CollectionOptions, PushToOptions
 
@@ -28,6 +29,16 @@ def check_push(args: Any) -> None:
 
         open_target(args, read_json(Path(args.output_dir) / RUN_KEY))
     wait_for_everyone()
+
+
+def check_no_checkpoint(args: Any, parts: str) -> None:
+    """Raises [`InputError`] if a checkpoint is named for a verb of several trainings, its `parts`."""
+    if args.resume_from_checkpoint:
+        raise InputError(
+            f"{parts} go on by themselves from what lies in the output folder, and from there only",
+            where="--resume_from_checkpoint",
+            cure="Leave it out",
+        )
 
 
 def publish(trainer: BaseTrainer) -> None:

@@ -34,6 +34,7 @@ def run(
     from . import folders, publishing, row_sets, steps
     from .reporting import Report
 
+    publishing.check_no_checkpoint(args, "episodes")
     data = steps.Data.open(data_options)
     collection = data.collection
     model = steps.open_model(

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..hub.manifest import HIDDEN, without_secrets
 from .kinds import StageKind, kind_of, nearest
 
 
@@ -357,6 +358,11 @@ def _stage(
     settings = {field_name: value for field_name, value in settings.items() if value is not None}
     if kind.output in settings:
         raise InputError("says where its result goes", where=f"{where}, {kind.output}", cure="The recipe decides that")
+    secret = next((one for one, value in without_secrets(settings).items() if value == HIDDEN), None)
+    if secret is not None:
+        # Settings go into records and the report.
+        cure = "Take it out, and log in with `hf auth login` or set HF_TOKEN"
+        raise InputError("a secret, which no recipe may hold", where=f"{where}, {secret}", cure=cure)
     named = [reference for text in _texts(settings) for reference in _REFERENCE.findall(text)]
     for other in named:
         if other not in stages:  # by way of a variable
