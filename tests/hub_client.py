@@ -72,7 +72,11 @@ class HubClient:
 
     def close(self) -> None:
         self._connection.close()
-        self._process.wait(timeout=30)
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:  # on a busy machine
+            self._process.kill()
+            self._process.wait()
 
 
 def verb(*words: Any) -> tuple[int, str]:

@@ -283,3 +283,15 @@ def test_revisions_are_pinned(place, capsys):
     words, said = reproduce(capsys, target, "--output_dir", place.root / "nowhere", "--force")
     options = dict(zip(words[2::2], words[3::2]))
     assert (options["--data_revision"], options["--model_revision"]) == ("data0123", "model0123")
+    # Where several models are named, or a name brings its revision, the commit stands behind the name.
+    target = shutil.copytree(place.figures, place.root / "pinned-figures")
+    manifest = manifest_of(target)
+    manifest["arguments"].insert(-3, "you/ranker@v1")  # between bm25 and the folder
+    manifest["sources"] += [
+        {"kind": kind, "name": name, "revision": f"{kind}-{name[-1]}", "files": {}, "fingerprints": {}}
+        for kind, name in (("model", str(place.bert)), ("model", "you/ranker@v1"), ("data", "you/ranker"))
+    ]
+    write_json(target / "run_manifest.json", manifest)
+    words, _ = reproduce(capsys, target, "--output_dir", place.root / "nowhere", "--force")
+    begin = words.index("--model")
+    assert words[begin + 1 : begin + 4] == ["bm25", "you/ranker@model-1", f"{place.bert}@model-t"], words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from hf_distill.data import RowSet, load_collection
 from hf_distill.files import read_json
 
 from .hub_client import RemoteError, verb
+from .model_zoo import save_tiny
 
 
 COMMON = (
@@ -43,6 +45,10 @@ def test_a_student_is_pushed_and_opens_elsewhere(hub, hub_client, micro, tiny_be
     assert repo.history()[0] == "End of training" and repo.history()[-2] == "Training in progress, step 2"
     local = tmp_path / "student"
     assert all((local / path).read_bytes() == content for path, content in files.items())
+    told = json.loads(files["run_manifest.json"])["artefacts"]
+    assert {name: facts["sha256"] for name, facts in told.items()} == {
+        name: hashlib.sha256(content).hexdigest() for name, content in files.items() if name != "run_manifest.json"
+    }
     assert not any("hf_alice" in content.decode("utf-8", "ignore") for content in files.values())
     # Every state that was pushed on the way is a whole model, with card and manifest.
     for commit in list(repo.commits.values())[1:]:
@@ -53,6 +59,21 @@ def test_a_student_is_pushed_and_opens_elsewhere(hub, hub_client, micro, tiny_be
     elsewhere.mkdir()
     here, there = _vectors([str(local), "alice/student"], elsewhere, hub.environment(elsewhere / "home"))
     assert here == there
+
+
+def test_a_pretrained_model_is_pushed_with_its_own_card(hub, hub_client, micro, tiny_tokenizer, tmp_path):
+    model = save_tiny(tmp_path / "masked", "bert", tiny_tokenizer, head="MaskedLM", layers=2)
+    words = ["pretrain", "--data", micro, "--model", model, "--output_dir", tmp_path / "lexmae", "--max_steps", "2"]
+    words += ["--use_cpu", "true", "--per_device_train_batch_size", "8", "--save_steps", "1", "--logging_steps", "1"]
+    assert hub_client(verb, *words, "--push_to_hub", "true", "--hub_model_id", "alice/lexmae") == (0, "")
+    repo = hub.repo("alice/lexmae")
+    for commit in list(repo.commits.values())[1:]:
+        assert 'AutoModelForMaskedLM.from_pretrained("alice/lexmae")' in commit.files["README.md"].content.decode()
+    files = repo.files()
+    manifest = json.loads(files["run_manifest.json"])
+    assert "pre-trained further" in files["README.md"].decode() and "encoder_loss" in manifest["training"]
+    sizes = {name: len(content) for name, content in files.items() if name != "run_manifest.json"}
+    assert {name: facts["bytes"] for name, facts in manifest["artefacts"].items()} == sizes
 
 
 def _vectors(names, folder, variables):
@@ -190,6 +211,17 @@ def test_what_cannot_be_pushed_is_said_before_the_work(hub, hub_client, micro, t
     assert not list((tmp_path / "two").glob("*.safetensors"))
 
 
+@pytest.mark.parametrize("fault", ["refuse", 503])
+def test_a_hub_that_is_silent_at_the_start_is_asked_again_at_the_end(
+    hub, hub_client, micro, tiny_bert, tmp_path, fault
+):
+    """The repository cannot even be looked at before the work: that is a warning, and the run is pushed later."""
+    hub.fail("GET /api/models/alice/student", fault, times=5)
+    assert hub_client(distill, micro, tiny_bert, tmp_path / "student", *PUSH, "--hub_strategy", "end") == (0, "")
+    assert any("alice/student cannot be opened now" in line for line in hub_client.log)
+    assert hub.repo("alice/student").history()[0] == "End of training"
+
+
 def test_every_checkpoint_and_what_cannot_be_resumed(hub, hub_client, micro, tiny_bert, tmp_path):
     name, every = ["--hub_model_id", "alice/every"], ["--hub_strategy", "all_checkpoints", "--hub_always_push", "true"]
     assert hub_client(distill, micro, tiny_bert, tmp_path / "a", "--push_to_hub", "true", *name, *every)[0] == 0
@@ -205,6 +237,11 @@ def test_every_checkpoint_and_what_cannot_be_resumed(hub, hub_client, micro, tin
     assert code == 0 and any("going on from step 6" in line for line in hub_client.log)
     a, b = (tmp_path / folder / "model.safetensors" for folder in "ab")
     assert a.read_bytes() == b.read_bytes()
+    (early,) = [oid for oid, commit in repo.commits.items() if commit.title == "Training in progress, step 2"]
+    resume = ["--resume_from_checkpoint", f"alice/every@{early}"]
+    assert hub_client(distill, micro, tiny_bert, tmp_path / "c", *resume) == (0, "")
+    assert any(f"going on from step 2 of alice/every at {early[:10]}" in line for line in hub_client.log)
+    assert (tmp_path / "c" / "model.safetensors").read_bytes() == a.read_bytes()
     hub.add_repo("alice/bare", {"config.json": b"{}"})
     for wanted, more, words in (
         ("alice/bare", [], "holds no checkpoint to go on from.*hub_strategy checkpoint"),
@@ -246,8 +283,9 @@ def test_a_program_of_ones_own(hub, hub_client, micro, tiny_bert, tmp_path):
     assert 'SentenceTransformer("alice/retriever")' in repo.files()["README.md"].decode()
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "README.md").write_text("# My own card\n")
-    hub_client(_train_in_a_program, micro, tiny_bert, tmp_path / "own")
-    assert hub.repo("alice/own").files()["README.md"] == b"# My own card\n"
+    hub_client(_train_in_a_program, micro, tiny_bert, tmp_path / "own", hub_revision="dev")
+    assert hub.repo("alice/own").files("dev")["README.md"] == b"# My own card\n"
+    assert not hub.repo("alice/own").files(), "a branch of its own"
     with pytest.raises(RemoteError, match="another run"):
         hub_client(
             _train_in_a_program, micro, tiny_bert, tmp_path / "two", hub_model_id="retriever", learning_rate=1e-6
