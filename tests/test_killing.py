@@ -89,7 +89,7 @@ def episodes(folder: Path, data: str, dense: str) -> None:
     from hf_distill.cli.main import main
 
     flags = ["--episodes", "2", "--depth", "20", "--query_negatives", "5", "--positive_negatives", "4"]
-    flags += ["--stop_after", "6", "--learning_rate", "1e-3", *TRAINING[: TRAINING.index("--mine_with")]]
+    flags += [*TRAINING[: TRAINING.index("--mine_with")], "--max_steps", "4", "--stop_after", "3"]
     main(["tele", "--data", data, "--model", dense, "--output_dir", str(folder / "out"), *flags])
 
 
@@ -164,8 +164,8 @@ def _jobs(data: str, training_data: str, dense: str, ranker: str, rows: str, for
         "train": Job(train, 3, training, result=weights),
         "train on two processes": Job(train, 2, training, processes=2, result=weights),
         "train on a stream": Job(train_on_a_stream, 2, {**training, "rows": rows}, result=weights),
-        "mine episodes": Job(mine_pools, 3, {"data": data, "dense": dense}),
-        "episodes": Job(episodes, 3, training, result=pools_and_weights),
+        "mine episodes": Job(mine_pools, 2, {"data": data, "dense": dense}),
+        "episodes": Job(episodes, 2, training, result=pools_and_weights),
         "pretrain": Job(pretrain, 3, {"corpus": str(Path(data) / "corpus.jsonl"), "dense": dense}, result=pretrained),
         "convert": Job(convert, 3, {"source": foreign}, result=without_report),
     }
