@@ -8,6 +8,7 @@ import string
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -234,19 +235,36 @@ def test_queries_are_filled_up(tiny_bert):
     assert model.expanded(chunk)[0]["attention_mask"].all()
 
 
-def test_inputs_of_the_original_code():
-    """The token ids of LEAD's own loader: [CLS] replaced, queries cut without [SEP], title [SEP] text."""
+@pytest.fixture
+def original() -> tuple[dict, Any]:
+    """The golden inputs of LEAD's own loader, and a tokenizer of their vocabulary."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    golden = np.load(GOLDEN / "lead_inputs.npz")
+    with np.load(GOLDEN / "lead_inputs.npz") as arrays:
+        golden = {key: arrays[key] for key in arrays.files}
     words = {word: number for number, word in enumerate(golden["vocab"].tolist())}
     backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     specials = [("[CLS]", words["[CLS]"]), ("[SEP]", words["[SEP]"])]
-    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=specials)
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=specials
+    )
     names = {f"{name.lower()}_token": f"[{name}]" for name in ("PAD", "UNK", "CLS", "SEP", "MASK")}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **names)
+    return golden, PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **names)
+
+
+def original_passages(golden: dict) -> list[str]:
+    """Title [SEP] text of the passages in the order of the batch: the positive, then negatives, one repeated."""
+    passages = [line.split("\t") for line in golden["passages"].tolist()]
+    return [f"{passages[number][2]} [SEP] {passages[number][1]}" for number in (0, 1, 2, 3, 2, 2)]
+
+
+def test_inputs_of_the_original_code(original):
+    """The token ids of LEAD's own loader: [CLS] replaced, queries cut without [SEP], title [SEP] text."""
+    from transformers import BertConfig, BertModel
+
+    golden, tokenizer = original
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     from hf_distill.models.multi_vector import MultiVectorConfig
 
@@ -261,19 +279,40 @@ def test_inputs_of_the_original_code():
         projection_dim=0,
         template="{title} [SEP] {text}",
     )
-    model = MultiVectorRetriever(config, BertModel(BertConfig(vocab_size=len(words), **sizes)), tokenizer)
+    model = MultiVectorRetriever(config, BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)), tokenizer)
     processor = model.processor()
     samples = json.loads(str(golden["samples"]))
-    passages = [line.split("\t") for line in golden["passages"].tolist()]
     chunk, counted = model.expanded(processor.pad(processor.queries([sample["question"] for sample in samples])))
     np.testing.assert_array_equal(chunk["input_ids"], golden["col_q_ids"])
     np.testing.assert_array_equal(chunk["attention_mask"], golden["col_q_mask"])
     assert counted.all()
-    order = [0, 1, 2, 3, 2, 2]  # the positive, then negatives; a single negative is repeated
-    rendered = [f"{passages[number][2]} [SEP] {passages[number][1]}" for number in order]
-    chunk = processor.pad(processor.passages(rendered))
+    chunk = processor.pad(processor.passages(original_passages(golden)))
     np.testing.assert_array_equal(chunk["input_ids"], golden["col_d_ids"])
     np.testing.assert_array_equal(chunk["attention_mask"], golden["col_d_mask"])
+
+
+def test_dense_and_pair_inputs_of_the_original_code(original):
+    """Ours are the original's, but that a query that is cut keeps its [SEP] and a pair ends with one."""
+    from hf_distill.models.processing import TextProcessor
+
+    golden, tokenizer = original
+    lengths = {"query_length": int(golden["max_query_length"]), "passage_length": int(golden["max_doc_length"])}
+    dense, passages = TextProcessor(tokenizer, **lengths), original_passages(golden)
+    short, long = (sample["question"] for sample in json.loads(str(golden["samples"])))
+    chunk = dense.pad(dense.passages(passages))
+    np.testing.assert_array_equal(chunk["input_ids"], golden["d_ids"])
+    np.testing.assert_array_equal(chunk["attention_mask"], golden["d_mask"])
+    separator = tokenizer.sep_token_id
+    whole, cut = dense.queries([short, long])
+    assert whole == golden["q_ids"][0][golden["q_mask"][0] == 1].tolist()
+    assert cut == [*golden["q_ids"][1][:4].tolist(), separator] and len(cut) == len(golden["q_ids"][1])
+
+    pairs = [[ids[mask == 1].tolist() for ids, mask in zip(*row)] for row in zip(golden["ce_ids"], golden["ce_mask"])]
+    ours, _ = TextProcessor(tokenizer, "cross", passage_length=11).pairs([short] * 3, passages[:3])
+    assert ours == [[*pair, separator] for pair in pairs[0]]
+    kept = " ".join(long.split()[:4])  # as many words as the original leaves of it
+    ours, _ = TextProcessor(tokenizer, "cross", passage_length=13).pairs([kept] * 3, passages[3:])
+    assert ours == [[*pair[:5], separator, *pair[5:], separator] for pair in pairs[1]]
 
 
 # ------------------------------------------------------------------------------------------------------- refusals

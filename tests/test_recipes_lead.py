@@ -46,3 +46,13 @@ def test_the_published_numbers(profile, kind, rate, steps, accumulation, teacher
     if kind == "multi_vector":
         assert teacher["projection_dim"] == 0
     assert teacher.get("head") == ("linear" if kind == "cross_encoder" else None)
+
+
+def test_every_baseline_starts_from_the_same_student():
+    stages = load_recipe("lead", "baselines", ["data=D"]).stages
+    methods = {"embedding": "embedding", "attention": "attention", "uniform": "lead_uniform", "frozen": "lead"}
+    for name, method in methods.items():
+        settings, reference = stages[name].settings, stages["lead"].settings
+        differing = {key for key in reference if settings.get(key) != reference[key]}
+        assert settings["method"] == method and differing <= {"method", "teacher_mode"}
+    assert all(f"${{{name}}}" in stages["figures"].settings["model"] for name in (*methods, "lead", "response"))
