@@ -98,7 +98,8 @@ def test_forgetting_is_logged_and_survives_a_resume(collection, tiny_bert, rows,
     assert last[-1]["eval_forgetting"] == pytest.approx((after > before).mean())
     assert last[-1]["eval_learning"] == pytest.approx((after < before).mean())
     run(tmp_path / "parts", stop_after=7, track_forgetting=True)
-    run(tmp_path / "parts", resume=str(tmp_path / "parts" / "checkpoint-6"))
+    _, again = run(tmp_path / "parts", resume=str(tmp_path / "parts" / "checkpoint-6"))
+    assert "train_loss" in straight.state.log_history[-1] and "train_loss" not in again.state.log_history[-1]
     resumed = read_ranks(tmp_path / "parts" / "ranks.parquet")
     assert {name: one.tolist() for name, one in resumed.items()} == {name: one.tolist() for name, one in ranks.items()}
     with pytest.raises(InputError, match="track_forgetting.*nothing is evaluated during training"):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import yaml
 from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
@@ -38,6 +37,7 @@ from ..losses.combine import LossTerm, parse_terms
 from ..models.base import RetrievalModel
 from ..models.dropout import set_dropout
 from ..models.joint import student_of
+from ..settings import parse_yaml
 from .arguments import RetrievalTrainingArguments
 from .callbacks import ForgettingCallback, StopAfter
 from .publishing import PublishingTrainer
@@ -51,10 +51,7 @@ STUDENT = "student"
 
 def read_losses(losses: Any) -> dict[str, LossTerm]:
     """The option `losses` (JSON or YAML, or what such text stands for) as terms by their label in the log."""
-    try:
-        return parse_terms(yaml.safe_load(losses) if isinstance(losses, str) else losses)
-    except yaml.YAMLError as error:
-        raise InputError(f"neither JSON nor YAML: {' '.join(str(error).split())}", where="losses") from error
+    return parse_terms(parse_yaml(losses, "losses") if isinstance(losses, str) else losses)
 
 
 def read_sources(args: RetrievalTrainingArguments) -> dict[str, float] | None:
@@ -119,6 +116,7 @@ class BaseTrainer(PublishingTrainer):
     _tags: ClassVar[Sequence[str]] = ("hf_distill",)
     _card: ClassVar[str] = "student"
 
+    _resumed = False
     # Our losses are means over the micro-batch, so the Trainer has to divide by the number of accumulation steps.
     loss_is_scaled_for_ga = False
 
@@ -262,6 +260,9 @@ class BaseTrainer(PublishingTrainer):
             for name, value in self._part_sums.items():
                 logs[name] = (sum_over_processes(value) / world_size() / self._part_steps).item()
             self._part_sums, self._part_steps = {}, 0
+        if self._resumed:
+            # The Trainer divides the losses since the resume by all steps.
+            logs.pop("train_loss", None)
         super().log(logs, start_time)
 
     def _prepare_input(self, data: Any) -> Any:
@@ -291,6 +292,7 @@ class BaseTrainer(PublishingTrainer):
         folder = resume_from_checkpoint = self.fetch_checkpoint(resume_from_checkpoint)
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)
+        self._resumed = bool(folder)
         if folder:
             check_engine(folder, self.args)
         if folder and self.rows is not None:
