@@ -1,9 +1,12 @@
-"""How a setting is declared, and which settings make a run what it is. Imports nothing heavy."""
+"""How settings are declared and read, and which of them make a run what it is. Imports nothing heavy."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import field
 from typing import Any
+
+from .errors import InputError
 
 
 def option(default: Any, help_text: str, **metadata: Any) -> Any:
@@ -19,3 +22,38 @@ NOT_OF_THE_RUN = frozenset(
     "push_to private track_forgetting local_rank parallelism_config accelerator_config logging_dir "
     "trackio_space_id".split()
 )
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """What YAML (or JSON) says; doubled keys are refused, and 2e-5 is a number, as in YAML 1.2.
+
+    Raises:
+        InputError: If it cannot be read, naming `where`.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """With the two differences."""
+
+    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        doubled = next((key for key in keys if keys.count(key) > 1), None)
+        if doubled is not None:
+            raise InputError(
+                f"{doubled!r} stands there twice",
+                where=f"{where}, line {node.start_mark.line + 1}",
+                cure="Rename or remove one of the two",
+            )
+        loader.flatten_mapping(node)
+        return loader.construct_mapping(node, deep=True)
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+        list("-+0123456789."),
+    )
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"not readable as YAML: {' '.join(str(error).split())}", where=where) from error

@@ -73,6 +73,17 @@ def test_errors_in_settings_name_where_they_stand(settings, message):
     assert message in str(caught.value)
 
 
+def test_exponents_are_numbers_and_doubled_fields_are_refused(tmp_path):
+    """Plain YAML 1.1 takes 8e-4 for a text, also in JSON."""
+    from hf_distill.trainers.base import read_losses
+
+    losses = parsed(tmp_path, "losses: [{name: kl, weight: 8e-4}]").losses
+    assert losses == '[{"name": "kl", "weight": 0.0008}]'
+    assert read_losses('[{"name": "kl", "weight": 8e-4}]') == read_losses(losses)
+    with pytest.raises(InputError, match="config.yaml, line 1: 'count' stands there twice"):
+        parsed(tmp_path, "count: 1\ncount: 2\n")
+
+
 def test_missing_file():
     with pytest.raises(InputError, match="there is no file nowhere.yaml"):
         parse(VERB, ["--config", "nowhere.yaml"])

@@ -69,7 +69,7 @@ def test_verbs_of_several_trainings_take_no_checkpoint(verb, micro, tiny_bert, t
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[a", "neither JSON nor YAML"),
+        ("[a", "not readable as YAML"),
         ("{name: x}", "must be a list of phases"),
         ("[{name: x}]", "phase 1: needs a name and a teacher"),
         ("[{name: x, teacher: t, output_dir: o}]", "sets output_dir"),

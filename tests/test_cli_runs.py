@@ -69,7 +69,7 @@ def test_checkpoints_of_the_model_alone_stay(tmp_path):
     ("flags", "message"),
     [
         (["--save_steps", "0.5", "--eval_steps", "0.3"], "multiple of the evaluation steps"),
-        (["--losses", "[kl"], "neither JSON nor YAML"),
+        (["--losses", "[kl"], "not readable as YAML"),
         (["--losses", "[nonsense]"], "unknown loss 'nonsense'"),
         (["--losses", "[{name: kl, teacher: nobody}]"], "The teachers are: teacher"),
         (["--losses", "[flops]"], "compares representations"),

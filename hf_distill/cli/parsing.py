@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HubError, InputError
+from ..settings import parse_yaml
 
 
 # How long another process than the main one waits before it speaks of bad input.
@@ -231,12 +232,10 @@ def _check_flags(argv: Sequence[str], fields: dict[str, Any]) -> None:
 
 
 def _flags_of_file(path: Path, fields: dict[str, Any]) -> list[str]:
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"not readable as YAML: {' '.join(str(error).split())}", where=str(path)) from error
+        content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8: {error}", where=str(path), cure="Save it as UTF-8") from error
     if content is None:
         return []
     if not isinstance(content, dict):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..settings import option
+from ..settings import option, parse_yaml
 from .options import DataOptions, IndexOptions, RowOptions, StudentOptions
 from .parsing import Verb, parse_settings, require
 
@@ -45,12 +45,7 @@ def read_phases(text: str) -> list[dict[str, Any]]:
     Raises:
         InputError: If it is anything else.
     """
-    import yaml
-
-    try:
-        phases = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"neither JSON nor YAML: {' '.join(str(error).split())}", where="--phases") from error
+    phases = parse_yaml(text, "--phases")
     if not isinstance(phases, list) or not phases or not all(isinstance(phase, dict) for phase in phases):
         cure = "Write for example '[{name: dense, teacher: ID}, {name: ranker, teacher: ID2, losses: [kl, lwf]}]'"
         raise InputError("must be a list of phases", where="--phases", cure=cure)

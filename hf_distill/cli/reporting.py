@@ -270,7 +270,7 @@ def model_figures(model: RetrievalModel) -> dict[str, int]:
     """Layers and parameters of a model as it is served."""
     from ..models.backbones import block_list
 
-    served = [tower for tower in model.towers.values()]
+    served = list(model.towers.values())
     return {
         "layers": len(block_list(served[0])[1]),
         "parameters": sum(parameter.numel() for tower in served for parameter in tower.parameters()),

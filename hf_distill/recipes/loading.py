@@ -28,6 +28,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..hub.manifest import HIDDEN, without_secrets
+from ..settings import parse_yaml
 from .kinds import StageKind, kind_of, nearest
 
 
@@ -144,7 +145,7 @@ def load_recipe(origin: str | os.PathLike, profile: str | None = None, overrides
         InputError: For anything malformed or unknown, an unknown stage or a cycle; the message names the place.
     """
     path = recipe_path(origin)
-    content = _read_yaml(path.read_text(encoding="utf-8"), str(path))
+    content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     where = f"recipe {path.name}"
     _check_sections(content, _SECTIONS, where)
     for layer in _layers(content, profile, where):
@@ -177,36 +178,6 @@ def merged(base: Any, over: Any) -> Any:
 
 
 # ---- reading ----
-
-
-def _read_yaml(text: str, where: str) -> Any:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Refuses doubled keys, and reads 2e-5 as a number, as YAML 1.2 does."""
-
-    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
-        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        doubled = next((key for key in keys if keys.count(key) > 1), None)
-        if doubled is not None:
-            raise InputError(
-                f"{doubled!r} stands there twice",
-                where=f"{where}, line {node.start_mark.line + 1}",
-                cure="Rename or remove one of the two",
-            )
-        loader.flatten_mapping(node)
-        return loader.construct_mapping(node, deep=True)
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-        list("-+0123456789."),
-    )
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"not readable as YAML: {' '.join(str(error).split())}", where=where) from error
 
 
 def _check_sections(content: Any, known: Iterable[str], where: str) -> None:
@@ -250,7 +221,7 @@ def _override(text: str, content: Mapping[str, Any]) -> dict[str, Any]:
         known = list(variables) if len(words) == 1 else [f"{name}.{words[-1]}" for name in stages]
         what = "variable" if len(words) == 1 else "stage"
         raise InputError(f"{path!r} names no {what} of the recipe", where="--set", cure=nearest(path, known))
-    result: Any = _read_yaml(value, f"--set {path}")
+    result: Any = parse_yaml(value, f"--set {path}")
     for word in reversed(words):
         result = {word: result}
     return result
