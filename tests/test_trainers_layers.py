@@ -414,7 +414,7 @@ def test_interaction_maps_of_the_original():
         torch.testing.assert_close(own[:, row], maps["student"][:, row, 3 * row : 3 * row + 3])
 
 
-def test_virt_trains_students_that_read_the_same_tokens(tiny_bert, tmp_path, rows):
+def test_virt_trains_students_that_read_the_same_tokens(tiny_bert, tiny_tokenizer, tmp_path, rows):
     teacher = make("dense", tiny_bert, pooling="cls")
     student = student_from("layers:2", teacher)
     args = arguments(tmp_path, method="attention", max_steps=2)
@@ -425,6 +425,7 @@ def test_virt_trains_students_that_read_the_same_tokens(tiny_bert, tmp_path, row
     for other, problem in (
         (make("tokens", tiny_bert), "query_prompt.* differ.*layer_alignment"),
         (make("dense", tiny_bert, query_length=9), "query_length differ"),
+        (make("dense", save_tiny(tmp_path / "other", "bert", tokenizer_for(tiny_tokenizer))), "tokenizer differ"),
         (make("pair", tiny_bert), "no token vectors"),
         (CachedScores("teacher", layer_column="layer_scores_x", layers=[1, 2]), "only stored scores"),
     ):
