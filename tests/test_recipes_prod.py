@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,6 +82,16 @@ def test_the_published_numbers():
     assert stages["ranker_small"].settings["passage_length"] == 192
 
 
+def test_passages_with_an_answer_are_no_negatives_on_nq():
+    stages = load_recipe("prod", "paper_nq", ["data=D", "answers=A"]).stages
+    cleaned = {name for name, stage in stages.items() if stage.settings.get("answers") == "A"}
+    assert cleaned == {"cleaned_base", "cleaned_1", "cleaned_2", "cleaned_3", "selected"}
+    for name, stage in stages.items():
+        if stage.kind.trains:
+            assert stage.settings["rows"].strip("${}") in cleaned, name
+    assert {stages[f"refresh_{number}"].settings["mine_depth"] for number in (1, 2, 3, 4)} == {100}
+
+
 @pytest.mark.slow
 def test_smoke(smoke, environment):
     folder, overrides = smoke
@@ -120,13 +131,40 @@ def test_killed_and_started_again_the_result_is_the_same(smoke, tmp_path, enviro
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     run(words, environment)
-    for stage in ("student_warm", "teacher_warm", "tpd_dense", "ranker_small", "tpd_ranker"):
-        ours, theirs = (folder / "stages" / stage for folder in (tmp_path / "out", whole))
+    same_results(whole, tmp_path / "out", "student_warm", "teacher_warm", "tpd_dense", "ranker_small", "tpd_ranker")
+
+
+def same_results(one: Path, other: Path, *stages: str) -> None:
+    """Weights and measures of stages in two runs."""
+    for stage in stages:
+        ours, theirs = (folder / "stages" / stage for folder in (other, one))
         assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes(), stage
         figures = [json.loads((place / "metrics.json").read_text()) for place in (ours, theirs)]
         for values in (systems for one in figures for systems in one["micro/test"].values()):
             values.pop("passages_per_second", None)
         assert figures[0] == figures[1], stage
+
+
+@pytest.mark.slow
+def test_half_a_run_here_and_half_there(smoke, tmp_path, hub, environment):
+    """The first half is pushed; the second half runs in another folder, with another cache, from the Hub alone."""
+    whole, overrides = smoke
+    here, there = shutil.copytree(whole, tmp_path / "here"), tmp_path / "there"
+    first = {**environment, **hub.environment(tmp_path / "home", token="hf_alice")}
+    run([*command("smoke", here, *overrides, until="tpd_ranker"), "--push_to", "alice/prod"], first)
+    shutil.rmtree(here)
+    rows, models = ("base", "refresh_1"), ("student_warm", "teacher_warm", "tpd_dense", "ranker_small", "tpd_ranker")
+    pushed = {name: hub.repo("alice/prod", "dataset").files(name) for name in rows}
+    pushed |= {name: hub.repo("alice/prod").files(name) for name in models}
+    assert all("recipe_record.json" in files for files in pushed.values())
+    assert not any("tpd_large" in repo.branches for repo in hub.repos.values()), "the other half is not there"
+    second = {**environment, **hub.environment(tmp_path / "other home", token="hf_alice")}
+    second["HF_DISTILL_CACHE"] = str(tmp_path / "other cache")
+    run([*command("smoke", there, *overrides), "--pull_from", "alice/prod"], second)
+    records = {path.stem: json.loads(path.read_text()) for path in (there / "records").glob("[!c]*.json")}
+    assert {name for name, record in records.items() if record["remote"] is not None} == {*rows, *models}
+    assert not (there / "stages/base").exists(), "what no stage reads is not fetched"
+    same_results(whole, there, "ranker_large", "tpd_large", "dpd")
 
 
 def marco(folder: Path, micro: Path) -> Path:
