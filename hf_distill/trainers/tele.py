@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -162,13 +163,21 @@ class TeleTrainer(RetrievalTrainer):
         return self.model_of(number)
 
     def _episode_arguments(self, number: int, folder: Path) -> TeleTrainingArguments:
-        args = copy.copy(self.args)
-        args.output_dir = str(folder)
-        args.num_negatives = self.negatives[number - 1]
-        if number == self.args.episodes:
-            args.stop_after = None
-        args.push_to_hub = False
-        return args
+        # Not a copy: an engine wants every training's arguments set up anew.
+        return replace(
+            self.args,
+            output_dir=str(folder),
+            num_negatives=self.negatives[number - 1],
+            stop_after=None if number == self.args.episodes else self.args.stop_after,
+            push_to_hub=False,
+        )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As [`~transformers.Trainer.save_model`]; an engine has divided the episodes' models, not this one's."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            self._save(output_dir)
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _key(self, args: TeleTrainingArguments, rows: RowSet) -> str:
         settings = {name: value for name, value in args.to_dict().items() if name not in NOT_OF_THE_RUN}
