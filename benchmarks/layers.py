@@ -11,17 +11,20 @@ import numpy as np
 
 from .common import (
     MODEL,
+    PeakMemory,
     Report,
     alternate,
     arguments,
     data_name,
     dense_model,
+    in_own_process,
     mebibytes,
     open_collection,
     ratios,
     say,
     scratch_folder,
     spread,
+    tell,
 )
 from .steps import common_arguments, largest_difference, run_trainer, training_rows
 
@@ -66,10 +69,10 @@ def plain_passes(student: Any, teacher: Any, trainer: Any, args: Any) -> Callabl
         set_dropout(model, 0.0)
         model.train()
     trained = [[one for one in model.parameters() if one.requires_grad] for model in models]
-    optimisers = [torch.optim.AdamW(one, lr=2e-5) for one in trained]
     batch = next(iter(trainer.get_train_dataloader()))
 
     def run() -> float:
+        optimisers = [torch.optim.AdamW(one, lr=2e-5) for one in trained]  # new ones, as a trainer's are
         start = time.perf_counter()
         for _ in range(args.steps):
             for model, name, optimiser in zip(models, ("student", "teacher"), optimisers):
@@ -85,22 +88,34 @@ def plain_passes(student: Any, teacher: Any, trainer: Any, args: Any) -> Callabl
     return run
 
 
-def what_is_held(teacher: Any, batch: dict) -> tuple[int, int]:
-    """Bytes of the chosen two layers that the loss is given, and of the whole stack of all tokens and layers."""
+def forward_memory(args: Any) -> None:
+    """Tells the bytes that a frozen forward of both models takes for layer scores, and those of its layers alone.
+
+    `args.memory` is `chosen`, two layers as the loss is given them, or `whole`, every layer of every token.
+    """
     import torch
 
-    dense = dense_model()
-    with torch.no_grad():
-        held = sum(one.numel() * 4 for one in dense(**batch["tokens"]["student"], layers=(2, 6)).layers)
-        held += sum(one.numel() * 4 for one in teacher(**batch["tokens"]["teacher"], layers=(2, 6)).layers)
-    whole = 0
-    for name, model in (("student", dense), ("teacher", teacher)):
-        for kind in ("query", "passage"):
-            chunks = batch["tokens"][name][kind]["chunks"]
-            longest = max(chunk["input_ids"].shape[1] for chunk in chunks)
-            texts = sum(len(chunk["input_ids"]) for chunk in chunks)
-            whole += texts * longest * model.num_layers * model.config.hidden_size * 4
-    return held, whole
+    from hf_distill.data.collators import RetrievalCollator
+    from hf_distill.data.negatives import TrainingRows
+
+    rows = training_rows(open_collection("medquad", args.data), args.batch, args.negatives)
+    models = {"student": dense_model(), "teacher": multi_vector()}
+    readers = {name: model.processor() for name, model in models.items()}
+    collator = RetrievalCollator(rows.queries, rows.corpus, readers, num_chunks={"query": 1, "passage": 4})
+    examples = TrainingRows(rows, num_negatives=args.negatives)
+    batch = collator([examples[row, 0] for row in range(args.batch)])
+    outputs = []
+    with torch.no_grad(), PeakMemory() as peak:
+        for name, model in models.items():
+            everything = {"layers": tuple(range(1, model.num_layers + 1)), "layer_tokens": True}
+            wanted = {"layers": (2, model.num_layers)} if args.memory == "chosen" else everything
+            outputs.append(model(**batch["tokens"][name], **wanted))
+    layers = 0
+    for output in outputs:
+        tokens = getattr(output, "layer_tokens", None)
+        for one in output.layers if tokens is None else tokens[:2]:
+            layers += sum(part.numel() * 4 for part in (one if isinstance(one, tuple) else (one,)))
+    tell(peak=peak.bytes, layers=layers)
 
 
 def main() -> None:
@@ -113,7 +128,11 @@ def main() -> None:
         negatives=(3, "negatives of a query"),
         queries=(50, "queries whose candidates are re-ranked"),
         candidates=(100, "candidates of each"),
+        memory=(None, "only what a forward holds, chosen or whole; asked for by the benchmark itself"),
     )
+    if args.memory is not None:
+        forward_memory(args)
+        return
     import torch
 
     from hf_distill.models import student_from
@@ -157,7 +176,6 @@ def main() -> None:
             return distil([voice], student, rows, folder, args, steps, method="lead")
 
         trainer = joint(1)
-        batch = next(iter(trainer.get_train_dataloader()))
         sides = {
             JOINT: lambda: run_trainer(joint(args.steps))[0],
             PLAIN: plain_passes(student, teacher, trainer, args),
@@ -168,10 +186,15 @@ def main() -> None:
         for name in (JOINT, PLAIN):
             report.row("joint training", name, spread([args.steps / one for one in seconds[name]], "{:.2f}"))
         report.claim("joint step against its plain passes", ratios(seconds[JOINT], seconds[PLAIN]), 1 / 1.1)
-        held, whole = what_is_held(teacher, batch)
-        report.note(
-            f"held and gathered for two pairs of layers: {mebibytes(held)}; the whole stacks: {mebibytes(whole)}"
-        )
+
+    say("layers: memory")
+    shape = {"batch": args.batch, "negatives": args.negatives, "data": args.data}
+    chosen, whole = (in_own_process("layers", memory=what, **shape) for what in ("chosen", "whole"))
+    report.note(
+        f"held and gathered for two pairs of layers: {mebibytes(chosen['layers'])}; the whole stacks: "
+        f"{mebibytes(whole['layers'])}; peak of a frozen forward of both models: {mebibytes(chosen['peak'])}, with "
+        f"the whole stacks {mebibytes(whole['peak'])}"
+    )
 
     say("layers: MaxSim")
     corpus, generator = collection.corpus, np.random.default_rng(0)

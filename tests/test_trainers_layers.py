@@ -15,6 +15,7 @@ from hf_distill.errors import InputError
 from hf_distill.losses import contrastive_loss, interaction_map_loss, kl_loss, layer_alignment_loss, maxsim
 from hf_distill.models import CrossEncoderRanker, DenseRetriever, MultiVectorRetriever, student_from
 from hf_distill.models.backbones import block_list
+from hf_distill.models.candidates import take_rows
 from hf_distill.models.layer_scores import LayerTokens, vector_layer_scores
 from hf_distill.models.multi_vector import token_scores
 from hf_distill.retrieval import score_layers, score_rows
@@ -464,3 +465,16 @@ def test_lexical_models_have_no_layers_to_compare(tiny_tokenizer, tiny_bert, row
         DistillTrainer(student, arguments(tmp_path), [LiveTeacher("teacher", lexical)], rows=rows)
     with pytest.raises(InputError, match="layers of a lexical model give no scores"):
         score_layers(lexical, rows)
+
+
+def test_rows_in_another_order_and_rows_taken_twice():
+    for index in ([2, 0, 3, 1], [1, 1, 0, 3], [3, 0]):
+        index, weights = torch.tensor(index), torch.randn(len(index), 3)
+        found = []
+        for take in (take_rows, lambda tensor, index: tensor[index]):
+            rows = torch.arange(12.0).view(4, 3).requires_grad_()
+            taken = take(rows, index)
+            (taken * weights).sum().backward()
+            found.append((taken.detach(), rows.grad))
+        for ours, theirs in zip(*found):
+            assert torch.equal(ours, theirs)

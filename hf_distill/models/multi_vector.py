@@ -18,7 +18,7 @@ from ..losses.maxsim import maxsim, own_maxsim
 from . import layouts
 from .backbones import freeze_unused, plain_model
 from .base import RetrievalConfig, RetrievalModel
-from .candidates import arrange
+from .candidates import arrange, take_rows
 from .dense import Kind
 from .layer_scores import LayerTokens, block_outputs, pad_tokens
 from .layouts import ProjectionLayout
@@ -85,12 +85,12 @@ class TokenVectors:
     Args:
         vectors: Float32 `[T, L, D]`.
         mask: Boolean `[T, L]`, the tokens that count.
-        layers: Float32 `[T, K, L, H]`, the hidden states of the chosen layers, or None.
+        layers: Float32 `[T, L, H]` each, the hidden states of the chosen layers.
     """
 
     vectors: torch.Tensor
     mask: torch.Tensor
-    layers: torch.Tensor | None = None
+    layers: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass
@@ -100,7 +100,7 @@ class MultiVectorOutput(ModelOutput):
     Args:
         query: `(vectors [T, L, D], mask [T, L])` of the query batch.
         passage: The same of the passage batch.
-        layers: For the chosen layers the (query, passage) hidden states, float32 `[T, K, L, H]` each.
+        layers: The (query, passage) hidden states of the chosen layers, a tuple of float32 `[T, L, H]` each.
     """
 
     query: tuple | None = None
@@ -305,8 +305,8 @@ class MultiVectorRetriever(RetrievalModel):
             layers: Numbers of layers, from 1, whose hidden states are wanted too.
 
         Returns:
-            Float32 `[t, l, D]` and the boolean mask `[t, l]` of the tokens that count; with `layers` also float32
-            `[t, K, l, H]`.
+            Float32 `[t, l, D]`, the boolean mask `[t, l]` of the tokens that count, and float32 `[t, l, H]` for each
+            of `layers`.
         """
         if kind == "query":
             chunk, counted = self.expanded(chunk)
@@ -316,17 +316,12 @@ class MultiVectorRetriever(RetrievalModel):
                 skipped = torch.tensor(self._skipped, device=counted.device)
                 counted = counted & ~torch.isin(chunk["input_ids"], skipped)
         inputs = self._inputs(self.backbone, chunk, embeddings)
-        if layers:
-            with block_outputs(self.blocks, layers) as found:
-                vectors = self.backbone(**inputs).last_hidden_state
-        else:
+        with block_outputs(self.blocks if layers else (), layers) as found:
             vectors = self.backbone(**inputs).last_hidden_state
         vectors = self.projections(vectors).float()
         if self.config.normalize:
             vectors = F.normalize(vectors, dim=-1)
-        if not layers:
-            return vectors, counted
-        return vectors, counted, torch.stack([found[number].float() for number in layers], 1)
+        return vectors, counted, *(found[number].float() for number in layers)
 
     def forward(
         self,
@@ -357,8 +352,9 @@ class MultiVectorRetriever(RetrievalModel):
                 self._maybe_recompute(self.encode, chunk, kind, next(embeddings), layers) for chunk in batch["chunks"]
             ]
             longest = max(part[1].shape[1] for part in parts)
-            padded = [[pad_tokens(one, longest, dim) for one, dim in zip(part, (1, 1, 2))] for part in parts]
-            found[kind] = TokenVectors(*(torch.cat(same)[batch["inverse"]] for same in zip(*padded)))
+            padded = [[pad_tokens(one, longest, 1) for one in part] for part in parts]
+            vectors, mask, *of_layers = (take_rows(torch.cat(same), batch["inverse"]) for same in zip(*padded))
+            found[kind] = TokenVectors(vectors, mask, tuple(of_layers))
         both = [found.get("query"), found.get("passage")]
         return MultiVectorOutput(
             *(None if one is None else (one.vectors, one.mask) for one in both),
@@ -371,14 +367,13 @@ class MultiVectorRetriever(RetrievalModel):
         return token_scores(*vectors, *masks, candidates) / self.config.temperature
 
     def layer_scores(self, output: Any, batch: Mapping[str, Any], candidates: str) -> torch.Tensor:
-        query, passage = arrange(*output.layers, batch)
         masks = arrange(output.query[1], output.passage[1], batch)
-        return torch.stack(
-            [token_scores(*layer, *masks, candidates) for layer in zip(query.unbind(1), passage.unbind(2))]
-        )
+        # One by one: stacked they would be copied, and again for each matrix product.
+        layers = (arrange(*layer, batch) for layer in zip(*output.layers))
+        return torch.stack([token_scores(*layer, *masks, candidates) for layer in layers])
 
     def layer_tokens(self, output: Any, batch: Mapping[str, Any]) -> LayerTokens:
-        layers, masks = output.layers, (output.query[1], output.passage[1])
+        layers, masks = (torch.stack(one, 1) for one in output.layers), (output.query[1], output.passage[1])
         return LayerTokens(*arrange(*layers, batch), *arrange(*masks, batch))
 
     # --------------------------------------------------------------------------------------------------- saving

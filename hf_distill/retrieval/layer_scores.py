@@ -152,10 +152,12 @@ def _by_tokens(
         return inference.outputs(processor.encode(texts, kind), None, forward)
 
     places: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for batch, (_, mask, found) in encoded(questions, "query"):
+    for batch, (_, mask, *of_layers) in encoded(questions, "query"):
+        found = torch.stack(of_layers, 1)  # [t, K, l, H]
         places.update({text: (mask[line], found[line]) for line, text in enumerate(batch.tolist())})
     scores = np.empty((len(q), len(layers)), np.float32)
-    for batch, (_, mask, found) in encoded(passages, "passage"):
+    for batch, (_, mask, *of_layers) in encoded(passages, "passage"):
+        found = torch.stack(of_layers, 1)
         lines = {text: line for line, text in enumerate(batch.tolist())}
         for pair in np.flatnonzero(np.isin(d, batch)):
             query_mask, query = places[int(q[pair])]
