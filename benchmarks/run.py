@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 QUICK = {
     "encoding": ["--passages", "192", "--rounds", "3"],
     "training": ["--batch", "8", "--steps", "1", "--rounds", "3"],
-    "caching": ["--batch", "16", "--rounds", "2", "--memory", "16,32", "--plain", "16", "--chunk", "8"],
+    "caching": ["--batch", "16", "--rounds", "2", "--memory", "4,64", "--plain", "16", "--chunk", "8"],
     "mining": ["--passages", "500", "--queries", "100", "--rounds", "1", "--warm", "1", "--batch", "32"]
     + ["--vectors", "70000,140000"],
     "neighbours": ["--vectors", "20000,100000", "--queries", "200", "--rounds", "1"],
@@ -35,6 +35,7 @@ QUICK = {
     "scoring": ["--queries", "4", "--candidates", "24", "--rounds", "3"],
     "layers": ["--batch", "4", "--negatives", "1", "--steps", "1", "--rounds", "1", "--queries", "10"],
     "conversion": ["--passages", "100000", "--rounds", "3"],
+    "inline_rows": ["--rows", "512", "--timed", "128", "--batch", "4", "--steps", "2", "--rounds", "2"],
     "streaming": ["--rows", "50000", "--passages", "50000", "--timed", "20000", "--tokenised", "1024"]
     + ["--rounds", "3"],
     "overhead": ["--batch", "8", "--steps", "2", "--rounds", "3"],
