@@ -68,7 +68,8 @@ class _PhaseOptions:
 
         self.name = str(phase["name"])
         given = {name: value for name, value in phase.items() if name != "name"}
-        parsed = parse_settings(VERB, given, f"phase {self.name!r}")
+        # Arguments of a Trainer set up the processes anew when they are made: on the run's devices, not on others.
+        parsed = parse_settings(VERB, {"use_cpu": run[-1].use_cpu, **given}, f"phase {self.name!r}")
         typed = {
             field.name: (type(one), getattr(one, field.name))
             for one in parsed

@@ -300,7 +300,8 @@ def _small_decoder(backbone: PreTrainedModel, layers: int) -> PreTrainedModel:
     """A new model of the same family with a few layers, which takes embedded tokens as they are."""
     total = backbone.config.num_hidden_layers
     config = config_of_layers(backbone.config, [number % total for number in range(layers)])
-    decoder = AutoModel.from_config(config)
+    with quiet_transformers():  # whole, also where an engine is to divide it later
+        decoder = AutoModel.from_config(config)
     decoder.embeddings = GivenEmbeddings()
     if getattr(decoder, "pooler", None) is not None:
         decoder.pooler = None
