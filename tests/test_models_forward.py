@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from hf_distill.errors import InputError
-from hf_distill.models import CrossEncoderRanker, DenseRetriever, set_dropout, use_attention
+from hf_distill.models import CrossEncoderRanker, DenseRetriever, RetrievalModel, set_dropout, use_attention
 from hf_distill.models.dense import pool
+from hf_distill.models.loading import load_backbone
 
 from .model_zoo import PAIRS, TEXTS, batch_of, pair_scores, save_tiny, tokenizer_for, vectors
 
@@ -397,3 +398,10 @@ def test_gathered_weights_are_saved_in_place_of_the_live_ones(tmp_path, bert):
         model.save_pretrained(tmp_path / "out", state_dict=sharded)
     model.save_pretrained(tmp_path / "nobody", is_main_process=False)
     assert not (tmp_path / "nobody").exists()
+
+
+@pytest.mark.parametrize("part", ["_export", "_restore", "settings", "processor"])
+def test_an_archetype_that_lacks_a_part_cannot_be_made(bert, part):
+    lacking = type("Lacking", (DenseRetriever,), {part: vars(RetrievalModel)[part]})
+    with pytest.raises(TypeError, match=f"abstract method '?{part}"):
+        lacking(DenseRetriever.config_class(), load_backbone(bert, "bert", "float32"))

@@ -17,6 +17,7 @@ from hf_distill.retrieval import EmbeddingStore, InferenceModel, choose_dtype, e
 from hf_distill.retrieval.encode import encode_job
 from hf_distill.retrieval.inference import pad_batch, plan_batches
 from hf_distill.retrieval.packing import PackedLinear, matmul_attention, pack_linears, packing_works
+from hf_distill.retrieval.store import VectorStore
 
 
 @pytest.fixture()
@@ -302,3 +303,8 @@ def test_stores_that_do_not_fit_are_refused(model, corpus, tmp_path):
     (tmp_path / "objects.npy").write_bytes(b"\x93NUMPY no array")
     with pytest.raises(InputError, match="cannot be read"):
         EmbeddingStore(tmp_path / "objects.npy")
+
+
+def test_a_store_without_a_length_cannot_be_made():
+    with pytest.raises(TypeError, match="abstract method '?__len__"):
+        type("Lacking", (VectorStore,), {})()

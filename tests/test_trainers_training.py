@@ -15,6 +15,7 @@ from hf_distill.models import CrossEncoderRanker, DenseRetriever, student_from
 from hf_distill.retrieval import search
 from hf_distill.teachers import CachedScores, LiveTeacher
 from hf_distill.trainers import (
+    BaseTrainer,
     DistillTrainer,
     DistillTrainingArguments,
     RetrievalTrainer,
@@ -411,3 +412,10 @@ def test_best_checkpoint_on_dev_is_kept(collection, tiny_bert, rows, tmp_path):
     assert evaluation(model)["nDCG@10"] == pytest.approx(seen[best], abs=1e-6)
     kept = DenseRetriever.from_pretrained(tmp_path / "out" / f"checkpoint-{best}")
     assert_same(weights(kept.backbone), weights(model.backbone))
+
+
+@pytest.mark.parametrize("part", ["parse_losses", "loss_parts"])
+def test_a_trainer_that_lacks_a_part_cannot_be_made(part):
+    lacking = type("Lacking", (RetrievalTrainer,), {part: vars(BaseTrainer)[part]})
+    with pytest.raises(TypeError, match=f"abstract method '?{part}"):
+        lacking(None, None)

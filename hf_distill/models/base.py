@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -55,7 +56,7 @@ class RetrievalConfig(PretrainedConfig):
     template: str = DEFAULT_TEMPLATE
 
 
-class RetrievalModel(PreTrainedModel):
+class RetrievalModel(PreTrainedModel, ABC):
     """Base of the models that are trained and served.
 
     `backbone` is a native model of transformers. `training_modules` holds what is trained along but not exported,
@@ -102,22 +103,24 @@ class RetrievalModel(PreTrainedModel):
         """The backbones by attribute name."""
         return {"backbone": self.backbone}
 
+    @abstractmethod
     def processor(self) -> TextProcessor:
         """How this model reads text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """What changes the model's outputs apart from its weights and its reading of text, as JSON."""
-        raise NotImplementedError
 
     def check_export(self) -> None:  # noqa: B027 - most models can always be saved
         """Raises [`InputError`] if no other library could make the same of a saved model; asked before training."""
 
+    @abstractmethod
     def _export(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
-        raise NotImplementedError
+        """Writes the native folder."""
 
+    @abstractmethod
     def _restore(self, folder: Path) -> None:
-        raise NotImplementedError
+        """Takes over the weights that `_export` wrote."""
 
     # ------------------------------------------------------------------------------------------- scores of a batch
 

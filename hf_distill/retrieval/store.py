@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 STORAGES = ("float32", "float16")
 
 
-class VectorStore:
+class VectorStore(ABC):
     """What stores of one vector for each row of a table have in common: a folder of shards and its manifest."""
 
     folder: Path
@@ -29,8 +30,9 @@ class VectorStore:
     # Ending of the shards' names.
     suffix = ".npy"
 
+    @abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """Number of rows."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} x {self.dim} in {self.folder})"

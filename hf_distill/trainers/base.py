@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -96,10 +97,10 @@ def own_callbacks(args: RetrievalTrainingArguments, evaluation: RetrievalEvaluat
     return made
 
 
-class BaseTrainer(PublishingTrainer):
+class BaseTrainer(PublishingTrainer, ABC):
     """A [`~transformers.Trainer`] whose rows are ids and whose checkpoints are native.
 
-    Subclasses say which scores enter which loss in `loss_parts`.
+    Subclasses say which loss terms there are in `parse_losses`, and what a batch gives for them in `loss_parts`.
 
     Args:
         model: The model to train, a [`RetrievalModel`] in float32 weights.
@@ -204,20 +205,16 @@ class BaseTrainer(PublishingTrainer):
         return sampler
 
     # ---- Loss ----
-    def default_losses(self) -> list[dict[str, Any]]:
-        """The terms when `args.losses` names none."""
-        raise NotImplementedError
-
+    @abstractmethod
     def parse_losses(self, args: RetrievalTrainingArguments) -> dict[str, LossTerm]:
         """The loss terms by their label in the log."""
-        return parse_terms(self.default_losses()) if args.losses is None else read_losses(args.losses)
 
+    @abstractmethod
     def loss_parts(self, model: RetrievalModel, output: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The weighted loss terms of a batch, by name: scalars whose sum is the loss of this process.
 
         The mean over processes of a part is its value over the joint batch, and so is the mean of its gradients.
         """
-        raise NotImplementedError
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         output = self.run_model(model, inputs)

@@ -11,11 +11,11 @@ import torch
 from ..data.rows import RowSet
 from ..data.streaming import StreamedRows
 from ..errors import InputError
-from ..losses.combine import ANCHOR, LOSSES, LossTerm
+from ..losses.combine import ANCHOR, LOSSES, LossTerm, parse_terms
 from ..models.base import RetrievalModel
 from ..models.candidates import candidate_layout
 from .arguments import RetrievalTrainingArguments
-from .base import BaseTrainer
+from .base import BaseTrainer, read_losses
 from .sparsity import active_terms, look_at_sparsity, sparsity
 
 
@@ -159,7 +159,11 @@ class RetrievalTrainer(BaseTrainer):
         if self.is_lexical and self._card == "student":
             self._card, self._tags = "lexical", (*self._tags, "sparse")
 
+    def parse_losses(self, args: RetrievalTrainingArguments) -> dict[str, LossTerm]:
+        return parse_terms(self.default_losses()) if args.losses is None else read_losses(args.losses)
+
     def default_losses(self) -> list[dict[str, Any]]:
+        """The terms when `args.losses` names none."""
         contrastive = {"name": "contrastive", "candidates": "own" if self.ranks_pairs else "global"}
         return [contrastive, *self.regulariser()]
 
