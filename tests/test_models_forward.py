@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from hf_distill.errors import InputError
 from hf_distill.models import CrossEncoderRanker, DenseRetriever, RetrievalModel, set_dropout, use_attention
+from hf_distill.models.bi_encoder import BiEncoder
 from hf_distill.models.dense import pool
 from hf_distill.models.loading import load_backbone
 
@@ -400,8 +402,12 @@ def test_gathered_weights_are_saved_in_place_of_the_live_ones(tmp_path, bert):
     assert not (tmp_path / "nobody").exists()
 
 
-@pytest.mark.parametrize("part", ["_export", "_restore", "settings", "processor"])
-def test_an_archetype_that_lacks_a_part_cannot_be_made(bert, part):
-    lacking = type("Lacking", (DenseRetriever,), {part: vars(RetrievalModel)[part]})
+@pytest.mark.parametrize(
+    ("base", "part"),
+    [(RetrievalModel, name) for name in ("_open", "_export", "settings", "processor", "forward")]
+    + [(BiEncoder, name) for name in ("encode", "_output")],
+)
+def test_an_archetype_that_lacks_a_part_cannot_be_made(bert, base, part):
+    lacking = type("Lacking", (DenseRetriever,), {part: inspect.getattr_static(base, part)})
     with pytest.raises(TypeError, match=f"abstract method '?{part}"):
         lacking(DenseRetriever.config_class(), load_backbone(bert, "bert", "float32"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hf_distill.errors import InputError
-from hf_distill.models import LexicalRetriever, load_model
+from hf_distill.models import DenseRetriever, LexicalRetriever, load_model
 from hf_distill.models.lexical import pooled_mask, splade_max
 from hf_distill.models.token_maximum import token_maximum
 from tests.model_zoo import TEXTS, batch_of, save_tiny, tokenizer_for, vectors
@@ -262,6 +262,12 @@ def test_a_new_head_passes_hidden_states_on(tiny_bert):
     assert other.weights_fingerprint() != model.weights_fingerprint()
     with pytest.raises(InputError, match="no start"):
         LexicalRetriever.from_pretrained(tiny_bert, new_head="magic")
+
+
+def test_a_saved_model_is_no_dense_one(folders, tmp_path):
+    LexicalRetriever.from_pretrained(folders["bert"]).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="this is a lexical model. Open it with LexicalRetriever"):
+        DenseRetriever.from_pretrained(tmp_path)
 
 
 def test_settings_are_checked(folders):

@@ -358,3 +358,16 @@ def test_checkpoints_are_restored(tiny_bert, tmp_path):
     shutil.rmtree(tmp_path / "checkpoint" / "1_Dense")
     with pytest.raises(InputError, match="Dense module has no configuration"):
         model.load_checkpoint(tmp_path / "checkpoint")
+
+
+def test_older_checkpoints_of_stanfords_code(tmp_path, tiny_tokenizer):
+    folder = stanford_folder(tmp_path / "model", tmp_path, with_tokens(tiny_tokenizer, "[unused0]", "[unused1]"))
+    expected = load_model(folder).weights_fingerprint()
+    state = load_file(folder / "model.safetensors")
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert load_model(folder).weights_fingerprint() == expected
+    del state["linear.weight"]
+    torch.save(state, folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="lacks the weight 'linear.weight'"):
+        load_model(folder)

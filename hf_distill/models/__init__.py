@@ -8,13 +8,15 @@ from ..lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "base": ["RetrievalConfig", "RetrievalModel", "use_attention"],
+        "base": ["RetrievalModel", "use_attention"],
+        "bi_encoder": ["RetrieverOutput"],
         "cross_encoder": ["CrossEncoderConfig", "CrossEncoderRanker"],
-        "dense": ["DenseRetriever", "DenseRetrieverConfig", "RetrieverOutput"],
+        "dense": ["DenseRetriever", "DenseRetrieverConfig"],
         "dropout": ["set_dropout"],
         "lexical": ["LexicalRetriever", "LexicalRetrieverConfig"],
         "multi_vector": ["MultiVectorConfig", "MultiVectorOutput", "MultiVectorRetriever"],
         "lexmae": ["LexMAEConfig", "LexMAEForPreTraining"],
+        "native": ["RetrievalConfig"],
         "processing": ["DEFAULT_TEMPLATE", "TextProcessor"],
         "source": ["ModelSource", "find_model"],
         "student": ["layer_positions", "load_model", "reduce_layers", "student_from"],

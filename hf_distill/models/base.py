@@ -1,36 +1,29 @@
-"""What the archetypes share: a transformers backbone inside, native folders outside."""
+"""What the archetypes share in running: batches of chunks through a backbone, and the scores of a batch."""
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import os
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+import itertools
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..console import get_logger
 from ..errors import InputError
-from ..files import staged_files
-from . import layouts
-from .backbones import block_list, forward_names, is_adapted, plain_model, unused_parts
-from .candidates import CANDIDATES, arrange, candidate_scores
+from .backbones import block_list, forward_names, plain_model
+from .candidates import CANDIDATES, arrange, candidate_scores, take_rows
 from .dropout import has_dropout
-from .layer_scores import LayerTokens, check_layers, vector_layer_scores
-from .loading import position_offset, quiet_transformers
+from .layer_scores import LayerTokens, block_outputs, check_layers, pad_tokens, vector_layer_scores
+from .loading import position_offset
 from .memory import return_freed_memory
-from .processing import DEFAULT_TEMPLATE, TextProcessor
+from .native import NativeModel, RetrievalConfig
+from .processing import TextProcessor
 from .products import FastOnCpu
-from .source import ModelSource
 
-
-logger = get_logger(__name__)
 
 # The attentions that are switched with the mode; any other was somebody's choice.
 _USUAL = ("eager", "sdpa")
@@ -39,25 +32,11 @@ _PLAIN_LOOKUP = {"bert", "distilbert", "electra", "roberta", "xlm-roberta", "cam
                  "qwen3", "mistral"}  # fmt: skip
 
 
-class RetrievalConfig(PretrainedConfig):
-    """Settings shared by all archetypes.
-
-    Args:
-        backbone: The backbone's own configuration as a dictionary.
-        query_prompt: Text put before every query.
-        template: How a document's title and text become one passage.
-    """
-
-    model_type = "hf_distill"
-
-    backbone: dict | None = None
-    hidden_size: int | None = None
-    query_prompt: str = ""
-    template: str = DEFAULT_TEMPLATE
-
-
-class RetrievalModel(PreTrainedModel, ABC):
+class RetrievalModel(NativeModel):
     """Base of the models that are trained and served.
+
+    An archetype says how it reads texts and what it makes of them; these methods are abstract here, and in
+    [`NativeModel`] those that say which folders it opens and writes.
 
     `backbone` is a native model of transformers. `training_modules` holds what is trained along but not exported,
     such as a projection to a teacher's width; it is saved in `training_modules.safetensors`. With `recompute` set,
@@ -86,41 +65,19 @@ class RetrievalModel(PreTrainedModel, ABC):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, config: RetrievalConfig, tokenizer: Any = None):
-        super().__init__(config)
-        self.tokenizer = tokenizer
-        self.source: ModelSource | None = None
+    def __init__(self, config: RetrievalConfig, backbone: PreTrainedModel | None = None, tokenizer: Any = None):
+        super().__init__(config, backbone, tokenizer)
         self.recompute = False
-        self.attention_is_fixed = False
-        self.training_modules = nn.ModuleDict()
-        # Read by transformers where a model's tied weights are asked for; the backbones answer for themselves.
-        self.all_tied_weights_keys: dict[str, str] = {}
 
     # ---------------------------------------------------------------------------------------------- to override
-
-    @property
-    def towers(self) -> dict[str, nn.Module]:
-        """The backbones by attribute name."""
-        return {"backbone": self.backbone}
 
     @abstractmethod
     def processor(self) -> TextProcessor:
         """How this model reads text."""
 
     @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """What changes the model's outputs apart from its weights and its reading of text, as JSON."""
-
-    def check_export(self) -> None:  # noqa: B027 - most models can always be saved
-        """Raises [`InputError`] if no other library could make the same of a saved model; asked before training."""
-
-    @abstractmethod
-    def _export(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
-        """Writes the native folder."""
-
-    @abstractmethod
-    def _restore(self, folder: Path) -> None:
-        """Takes over the weights that `_export` wrote."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model makes of a collated batch's tokens."""
 
     # ------------------------------------------------------------------------------------------- scores of a batch
 
@@ -214,18 +171,6 @@ class RetrievalModel(PreTrainedModel, ABC):
         """0: batches of several token batches are not counted."""
         return 0
 
-    def add_adapter(self, config: Any, adapter_name: str = "default") -> None:
-        """Puts a PEFT adapter (LoRA, say) on every tower; only it is trained, and export merges it.
-
-        Args:
-            config: A configuration of `peft`, for example `peft.LoraConfig(r=8, target_modules=["query", "value"])`.
-            adapter_name: Its name.
-        """
-        from peft import get_peft_model
-
-        for name, tower in self.towers.items():
-            setattr(self, name, get_peft_model(tower, config, adapter_name=adapter_name))
-
     def _maybe_recompute(self, function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
         if not self.training:
             return function(*arguments)
@@ -236,6 +181,10 @@ class RetrievalModel(PreTrainedModel, ABC):
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(_recomputed, function, *arguments, use_reentrant=False, preserve_rng_state=True)
         return _train(function, *arguments)
+
+    def _watched(self, tower: nn.Module, layers: Sequence[int]) -> AbstractContextManager[Mapping[int, torch.Tensor]]:
+        """Within it, what chosen blocks of a tower put out is kept, by their numbers."""
+        return block_outputs(block_list(plain_model(tower))[1], layers) if layers else nullcontext({})
 
     def _inputs(self, tower: nn.Module, chunk: Mapping[str, torch.Tensor], embeddings=None) -> dict[str, Any]:
         """The keyword arguments of a backbone for one padded chunk."""
@@ -280,155 +229,31 @@ class RetrievalModel(PreTrainedModel, ABC):
         flat = plain.get_input_embeddings()(torch.cat([one.flatten() for one in ids]))
         return [part.view(*one.shape, -1) for part, one in zip(flat.split([one.numel() for one in ids]), ids)]
 
-    # -------------------------------------------------------------------------------------------------- weights
-
-    def weights_fingerprint(self) -> str:
-        """16 hexadecimal digits that identify the weights and settings that make this model's outputs.
-
-        It does not depend on folders or names, nor on weights that the forward pass does not use; it does on the
-        weights' precision. The reading of text is not part of it: see [`TextProcessor.settings`].
-        """
-        unused = tuple(f"{name}.{part}" for name, tower in self.towers.items() for part in unused_parts(tower))
-        digest = hashlib.sha256(repr(sorted(self.settings().items())).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            if name.startswith("training_modules.") or (unused and name.startswith(unused)):
-                continue
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(data.numpy().data)
-        return digest.hexdigest()[:16]
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: Mapping[str, torch.Tensor] | None = None,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Writes the native folder: it opens in transformers and sentence-transformers without this library.
-
-        Args:
-            save_directory: The folder; files of other kinds in it stay.
-            is_main_process: Only the main process writes.
-            state_dict: This model's state dictionary, where the parameters themselves are sharded (ZeRO-3, FSDP).
-            push_to_hub: Not supported here; call `push_to_hub(repo_id)`.
-            kwargs: Accepted for the sake of transformers' signature.
-        """
-        if push_to_hub:
-            raise InputError(
-                "save_pretrained(push_to_hub=True) is not supported", cure="Call model.push_to_hub('you/name')"
-            )
-        if not is_main_process:
-            return
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise InputError("this is a file", where=str(folder), cure="Give a folder to save the model in")
-        state = self.state_dict() if state_dict is None else state_dict
-        empty = [name for name, tensor in state.items() if tensor.numel() == 0]
-        if empty:
-            raise InputError(
-                f"the parameter {empty[0]!r} is empty in this process, so it is sharded over processes",
-                where="save_pretrained",
-                cure="Pass the consolidated weights as state_dict; under ZeRO-3 set "
-                "stage3_gather_16bit_weights_on_model_save in the DeepSpeed configuration",
-            )
-        kept_apart = self._kept_apart()
-        private = {name: tensor.contiguous() for name, tensor in state.items() if name in kept_apart}
-        # A checkpoint that a full disk or a kill cuts off must not look like a finished one.
-        with staged_files(folder) as temporary:
-            self._export(temporary, state)
-            if private:
-                from safetensors.torch import save_file
-
-                save_file(private, temporary / layouts.TRAINING_FILE)
-        if not private:
-            (folder / layouts.TRAINING_FILE).unlink(missing_ok=True)
-
-    def load_checkpoint(self, folder: str | os.PathLike) -> None:
-        """Takes over the weights that `save_pretrained` wrote for this very model, in place (to resume training).
-
-        Adapters are restored as adapters: the exported folder holds them merged, `training_modules.safetensors` apart.
-
-        Raises:
-            InputError: If the folder's weights do not fit this model.
-        """
-        folder = Path(folder)
-        try:
-            self._restore(folder)
-            expected = self._kept_apart()
-            found: dict[str, torch.Tensor] = {}
-            if (folder / layouts.TRAINING_FILE).is_file():
-                from safetensors.torch import load_file
-
-                found = load_file(folder / layouts.TRAINING_FILE)
-            if expected != set(found):
-                raise RuntimeError(f"{layouts.TRAINING_FILE} differs in {sorted(expected ^ set(found))[:3]}")
-            self.load_state_dict(found, strict=False)
-        except (OSError, RuntimeError) as error:
-            raise InputError(
-                f"the weights do not fit this model: {str(error).strip()}",
-                where=str(folder),
-                cure="Resume with the model and the settings that the checkpoint was written with",
-            ) from None
-
-    def _kept_apart(self) -> set[str]:
-        """The tensors that go to `training_modules.safetensors`: what is trained along, and adapters."""
-        names = {f"training_modules.{name}" for name in self.training_modules.state_dict()}
-        for tower_name, tower in self.towers.items():
-            if is_adapted(tower):
-                names |= {f"{tower_name}.{name}" for name, one in tower.named_parameters() if one.requires_grad}
-        return names
-
-    def _save_tower(self, name: str, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
-        """Saves one backbone natively, adapters merged, and its tokenizer beside it."""
-        tower = self.towers[name]
-        own = {key[len(name) + 1 :]: tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
-        if is_adapted(tower):
-            # A copy is merged: merging and un-merging the live weights would change them by rounding.
-            duplicate = copy.deepcopy(tower)
-            duplicate.load_state_dict(own)
-            merged = duplicate.merge_and_unload()
-            with quiet_transformers():
-                merged.save_pretrained(folder, state_dict=self._to_stored(merged.state_dict()))
-        else:
-            with quiet_transformers():
-                tower.save_pretrained(folder, state_dict=self._to_stored(own))
-        if self.tokenizer is not None:
-            backend = getattr(self.tokenizer, "backend_tokenizer", None)
-            if backend is not None:
-                # What the last call set would otherwise be saved as the tokenizer's own.
-                backend.no_truncation()
-                backend.no_padding()
-            self.tokenizer.save_pretrained(folder)
-
-    def _restore_tower(self, name: str, folder: Path) -> None:
-        tower = self.towers[name]
-        if is_adapted(tower):
-            return
-        with quiet_transformers():
-            loaded, report = type(tower).from_pretrained(
-                folder, config=copy.deepcopy(tower.config), dtype=tower.dtype, output_loading_info=True
-            )
-        own = set(tower.state_dict())
-        wrong = [
-            key for key in (*report["missing_keys"], *report["unexpected_keys"]) if key in own or "pooler" not in key
-        ]
-        if wrong:
-            raise RuntimeError(f"weights differ in {sorted(wrong)[:3]}")
-        stored = {key: tensor for key, tensor in loaded.state_dict().items() if key in own}
-        tower.load_state_dict(self._from_stored(stored))
-
-    def _to_stored(self, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """A backbone's weights as its folder holds them; the same, unless an archetype says otherwise."""
-        return state
-
-    def _from_stored(self, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """The way back from `_to_stored`."""
-        return state
-
 
 # ------------------------------------------------------------------------------------------------------- helpers
+
+
+def in_order(
+    parts: Iterable[torch.Tensor | tuple[torch.Tensor, ...]],
+    inverse: torch.Tensor,
+    token_dims: Sequence[int | None] = (None,),
+) -> tuple[torch.Tensor, ...]:
+    """What a model made of the chunks of a token batch, put together.
+
+    Args:
+        parts: For every chunk a tensor or several, a row a text.
+        inverse: `[T]`, which restores the order of the texts.
+        token_dims: For each of the several the dimension that counts tokens, to be padded to the longest chunk's; None
+            where there is none. The last stands for all further ones.
+    """
+    columns = zip(*(part if isinstance(part, tuple) else (part,) for part in parts))
+    found = []
+    for column, dim in zip(columns, itertools.chain(token_dims, itertools.repeat(token_dims[-1]))):
+        if dim is not None:
+            longest = max(part.shape[dim] for part in column)
+            column = [pad_tokens(part, longest, dim) for part in column]
+        found.append(take_rows(torch.cat(column), inverse))
+    return tuple(found)
 
 
 def _train(function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:

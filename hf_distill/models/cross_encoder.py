@@ -6,25 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.utils import ModelOutput
 
 from ..errors import InputError
-from . import layouts, linear_head
+from . import layouts, linear_head, writing
 from .backbones import plain_model
-from .base import RetrievalConfig, RetrievalModel
-from .layer_scores import block_outputs
-from .loading import choose_length, load_backbone, load_tokenizer
+from .base import RetrievalModel, in_order
+from .native import RetrievalConfig
+from .opening import Opening
 from .processing import TextProcessor
-from .source import ModelSource, find_model
-
-
-# What a person may set when opening a model.
-SETTINGS = ("query_prompt", "max_length", "template", "head")
 
 
 class CrossEncoderConfig(RetrievalConfig):
@@ -60,6 +55,9 @@ class RankerOutput(ModelOutput):
 class CrossEncoderRanker(RetrievalModel):
     """A transformers classifier of one label, whose logit is the score of a query-passage pair.
 
+    [`CrossEncoderRanker.from_pretrained`] opens any cross-encoder of one label, or any encoder with a new head (to be
+    trained): a folder or Hub id. Its options are fields of [`CrossEncoderConfig`]; `head` is for a new one.
+
     Args:
         config: The settings.
         backbone: A `...ForSequenceClassification` with `num_labels=1`; made from `config.backbone` if None.
@@ -67,84 +65,42 @@ class CrossEncoderRanker(RetrievalModel):
     """
 
     config_class = CrossEncoderConfig
+    archetype = "cross-encoder"
     representation = "pair"
     candidate_sets = ("own",)
+    backbone_head = "classifier"
+    known_settings = ("query_prompt", "max_length", "template", "head")
 
     def __init__(self, config: CrossEncoderConfig, backbone: PreTrainedModel | None = None, tokenizer: Any = None):
-        super().__init__(config, tokenizer)
-        if backbone is None:
-            backbone = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**config.backbone))
-        if backbone.config.num_labels != 1:
+        super().__init__(config, backbone, tokenizer)
+        if self.backbone.config.num_labels != 1:
             raise InputError(
-                f"the classifier has {backbone.config.num_labels} labels, but a ranker gives one score",
+                f"the classifier has {self.backbone.config.num_labels} labels, but a ranker gives one score",
                 cure="Set num_labels=1",
             )
-        self.backbone = backbone
         if config.head == linear_head.LINEAR:
-            linear_head.make_linear(backbone, "head", new=False)
-        config.hidden_size = plain_model(backbone).config.hidden_size
-        config.backbone = plain_model(backbone).config.to_dict()
-        self._types = _token_types(backbone, tokenizer)
+            linear_head.make_linear(self.backbone, "head", new=False)
+        self._types = _token_types(tokenizer)
         if tokenizer is not None:
             tokenizer.model_max_length = config.max_length
 
     @classmethod
-    def from_pretrained(  # noqa: D417 - overrides are described as one
-        cls,
-        pretrained_model_name_or_path: str | Path | ModelSource,
-        *,
-        revision: str | None = None,
-        dtype: str | torch.dtype = "float32",
-        attn_implementation: str | None = None,
-        **overrides: Any,
-    ) -> CrossEncoderRanker:
-        """Opens any cross-encoder of one label, or any encoder with a new head (to be trained).
-
-        Args:
-            pretrained_model_name_or_path: The folder or Hub id.
-            revision: Branch, tag or commit on the Hub.
-            dtype: The weights' precision; float32 unless said otherwise, whatever the checkpoint's is.
-            attn_implementation: Fixes the attention; by default it is chosen by device and mode.
-            overrides: Fields of [`CrossEncoderConfig`] that replace what the checkpoint says; `head` is for a new one.
-
-        Raises:
-            InputError: If the model cannot be found, read, or run as a ranker of one score.
-        """
-        unknown = set(overrides) - set(SETTINGS)
-        if unknown:
-            raise InputError(
-                f"unknown settings {sorted(unknown)}",
-                where="CrossEncoderRanker.from_pretrained",
-                cure=f"Known are {', '.join(SETTINGS)}",
-            )
-        overrides = {key: value for key, value in overrides.items() if value is not None}
-        source = find_model(pretrained_model_name_or_path, revision)
-        name = source.name
-        layout = layouts.read_layout(source.folder, name)
+    def _open(cls, opening: Opening) -> Self:
+        layout, name = opening.layout(), opening.name
         layouts.expect_kind(layout, "cross-encoder", name)
         if layout.passage is not None:
             raise InputError("the model has two towers", where=name, cure="Open it with DenseRetriever")
-        folder = layout.query.folder
-        backbone = load_backbone(folder, name, dtype, head="classifier", attention=attn_implementation)
-        tokenizer = load_tokenizer(folder, name, backbone, layout.query.lowercase)
+        backbone, tokenizer = opening.tower(layout.query)
         ranker = layout.kind == "cross-encoder"
-        head = _open_head(backbone, name, overrides.get("head"), trained=ranker)
-        settings = {
+        head = _open_head(backbone, name, opening.wanted.get("head"), trained=ranker)
+        settings = opening.settings(
+            layout,
+            cls.recorded_settings,
             # The prompts of a dense model mean nothing to a ranker that starts from its encoder.
-            "query_prompt": layout.default_prompt if ranker else "",
-            **({"template": layout.extra["template"]} if layout.extra.get("template") else {}),
-            **overrides,
-            "head": head,
-            "max_length": choose_length(
-                overrides.get("max_length"), layout.query.max_length, tokenizer, backbone, name, "max_length"
-            ),
-        }
-        config = CrossEncoderConfig(**settings)
-        config.name_or_path = name
-        model = cls(config, backbone, tokenizer)
-        model.source = source
-        model.attention_is_fixed = attn_implementation is not None
-        return model.eval()
+            query_prompt=layout.default_prompt if ranker else "",
+            max_length=opening.length("max_length", layout.query.max_length, backbone, tokenizer),
+        )
+        return cls(CrossEncoderConfig(**settings | {"head": head}), backbone, tokenizer)
 
     def processor(self) -> TextProcessor:
         return TextProcessor(
@@ -188,10 +144,10 @@ class CrossEncoderRanker(RetrievalModel):
                 where="score_chunk",
                 cure="Pass token_type_ids with every chunk, as TextProcessor.pairs returns them",
             )
-        if not layers:
-            return self._score(inputs)
-        with block_outputs(self.blocks, layers) as found:
+        with self._watched(self.backbone, layers) as found:
             scores = self._score(inputs)
+        if not layers:
+            return scores
         return scores, torch.stack([self._head(found[number], inputs) for number in layers], 1)
 
     def _score(self, inputs: dict[str, Any]) -> torch.Tensor:
@@ -231,30 +187,24 @@ class CrossEncoderRanker(RetrievalModel):
         by_ids = hasattr(plain_model(self.backbone), "score")
         embeddings = [None] * len(pair["chunks"]) if by_ids else self._embedded(self.backbone, pair["chunks"])
         parts = [self._maybe_recompute(self.score_chunk, *both, layers) for both in zip(pair["chunks"], embeddings)]
-        if not layers:
-            return torch.cat(parts)[pair["inverse"]]
-        scores, of_layers = (torch.cat(part)[pair["inverse"]] for part in zip(*parts))
-        return RankerOutput(scores, of_layers)
+        found = in_order(parts, pair["inverse"])
+        return RankerOutput(*found) if layers else found[0]
 
     def _export(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
         config = self.config
         # Read by sentence-transformers where a folder has no modules.json, and by its versions before 6.
         plain_model(self.backbone).config.sentence_transformers = {"activation_fn": layouts.ACTIVATIONS["Identity"]}
         self._save_tower("backbone", folder, state)
-        layouts.write_modules(folder, [("", "Transformer")])
-        layouts.write_lengths(folder, config.max_length, config.max_length, transformer_task="sequence-classification")
+        writing.write_modules(folder, [("", "Transformer")])
+        writing.write_lengths(folder, config.max_length, config.max_length, transformer_task="sequence-classification")
         prompts = {"default": config.query_prompt} if config.query_prompt else {}
-        layouts.write_settings(
+        writing.write_settings(
             folder,
             "CrossEncoder",
             prompts,
             default_prompt_name="default" if prompts else None,
             activation_fn=layouts.ACTIVATIONS["Identity"],
         )
-        layouts.write_json(folder / layouts.EXTRA_FILE, {"archetype": "cross-encoder", "template": config.template})
-
-    def _restore(self, folder: Path) -> None:
-        self._restore_tower("backbone", folder)
 
     def _to_stored(self, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         linear = self.config.head == linear_head.LINEAR
@@ -318,7 +268,7 @@ def _types_after_separator(chunk: Mapping[str, torch.Tensor], separator: int) ->
     return after.long() * chunk["attention_mask"]
 
 
-def _token_types(backbone: PreTrainedModel, tokenizer: Any) -> str:
+def _token_types(tokenizer: Any) -> str:
     """`"none"` where pairs have no token types, `"after-separator"` where they follow from it, else `"own"`."""
     if tokenizer is None or "token_type_ids" not in tokenizer.model_input_names:
         return "none"

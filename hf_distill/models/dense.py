@@ -4,34 +4,33 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers import PreTrainedModel
 
 from ..errors import InputError
-from . import layouts
-from .backbones import block_list, freeze_unused, plain_model
-from .base import RetrievalConfig, RetrievalModel
+from . import layouts, writing
+from .backbones import freeze_unused, plain_model
+from .bi_encoder import BiEncoderConfig, Both, Kind, RetrieverOutput, VectorRetriever
 from .candidates import arrange
-from .layer_scores import LayerTokens, block_outputs, pad_tokens
+from .layer_scores import LayerTokens
 from .layouts import Layout, ProjectionLayout, TowerLayout
-from .loading import choose_length, load_backbone, load_tokenizer
-from .processing import TextProcessor, tokenizer_fingerprint
+from .opening import Opening
+from .processing import tokenizer_fingerprint
 from .projections import Projection, Projections, projection_settings
-from .source import ModelSource, find_model
 
 
-Kind = Literal["query", "passage"]
 _POOLINGS = ("cls", "mean", "last")
+# What else sentence-transformers' modules may make, by the kind of a layout.
+_OTHERS = {"cross-encoder": ("cross-encoder", "CrossEncoderRanker"), "lexical": ("lexical model", "LexicalRetriever")}
 
 
-class DenseRetrieverConfig(RetrievalConfig):
+class DenseRetrieverConfig(BiEncoderConfig):
     """Settings of a [`DenseRetriever`].
 
     Args:
@@ -44,7 +43,7 @@ class DenseRetrieverConfig(RetrievalConfig):
         query_length: Most tokens of a query.
         passage_length: Most tokens of a passage.
         template: How a document's title and text become one passage.
-        projection_dim: Width of the vectors after a linear layer; None for the backbone's own.
+        projection_dim: Width of the vectors after a linear layer; None or 0 for the backbone's own.
         projections: The linear layers between pooling and normalisation, as dictionaries.
         tied: Whether one encoder reads queries and passages.
         tied_projections: Whether both share the linear layers.
@@ -56,32 +55,16 @@ class DenseRetrieverConfig(RetrievalConfig):
     normalize: bool = False
     similarity: str = "cosine"
     temperature: float | None = None
-    passage_prompt: str = ""
-    query_length: int = 512
-    passage_length: int = 512
     projection_dim: int | None = None
     projections: list | None = None
     tied: bool = True
     tied_projections: bool = True
 
-
-@dataclass
-class RetrieverOutput(ModelOutput):
-    """What a [`DenseRetriever`] gives for a batch.
-
-    Args:
-        query: Float32 `[T, D]`, one vector a text of the query batch.
-        passage: Float32 `[T, D]`, one vector a text of the passage batch.
-        projected: For every projection in `training_modules` its (query, passage) vectors.
-        layers: For the chosen layers the pooled (query, passage) vectors, float32 `[T, K, H]` each.
-        layer_tokens: Where they were asked for, the tokens' hidden states `[T, K, L, H]` of both, then their masks.
-    """
-
-    query: torch.Tensor | None = None
-    passage: torch.Tensor | None = None
-    projected: dict[str, tuple] | None = field(default=None)
-    layers: tuple | None = None
-    layer_tokens: tuple | None = None
+    def check(self) -> None:
+        super().check()
+        for option, known in (("pooling", _POOLINGS), ("similarity", ("dot", "cosine"))):
+            if getattr(self, option) not in known:
+                raise InputError(f"{option} is {getattr(self, option)!r}", cure=f"Choose one of {', '.join(known)}")
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
@@ -98,11 +81,12 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
     return hidden[torch.arange(len(hidden), device=hidden.device), index].float()
 
 
-class DenseRetriever(RetrievalModel):
+class DenseRetriever(VectorRetriever):
     """An encoder (or two) whose vectors are compared by dot product or cosine.
 
-    Open one with [`DenseRetriever.from_pretrained`]; build one from parts with `DenseRetriever(config, backbone,
-    tokenizer)`.
+    [`DenseRetriever.from_pretrained`] opens any dense model: a folder or Hub id, of any library, or saved by this
+    class. Its options are fields of [`DenseRetrieverConfig`]. Build one from parts with `DenseRetriever(config,
+    backbone, tokenizer)`.
 
     Args:
         config: The settings.
@@ -112,7 +96,15 @@ class DenseRetriever(RetrievalModel):
     """
 
     config_class = DenseRetrieverConfig
+    archetype = "dense"
     representation = "dense"
+    known_settings = (
+        "pooling", "normalize", "similarity", "temperature", "query_prompt", "passage_prompt", "query_length",
+        "passage_length", "template", "projection_dim", "tied",
+    )  # fmt: skip
+    recorded_settings = ("temperature", "template")
+    # The vectors of texts and of their layers; the masks of their tokens, and these tokens in the layers.
+    token_dims = (None, None, 1, 2)
 
     def __init__(
         self,
@@ -121,85 +113,40 @@ class DenseRetriever(RetrievalModel):
         tokenizer: Any = None,
         passage_backbone: PreTrainedModel | None = None,
     ):
-        super().__init__(config, tokenizer)
-        _check_settings(config)
-        if backbone is None:
-            backbone = AutoModel.from_config(AutoConfig.for_model(**config.backbone))
-        self.backbone = backbone
+        super().__init__(config, backbone, tokenizer)
         self.passage_backbone = None
         if not config.tied:
-            self.passage_backbone = copy.deepcopy(backbone) if passage_backbone is None else passage_backbone
-        for tower in self.towers.values():
-            freeze_unused(plain_model(tower))
-        width = plain_model(backbone).config.hidden_size
-        config.hidden_size = width
-        config.projections = projection_settings(config.projections, width, config.projection_dim)
+            self.passage_backbone = copy.deepcopy(self.backbone) if passage_backbone is None else passage_backbone
+            freeze_unused(plain_model(self.passage_backbone))
+        config.projections = projection_settings(config.projections, config.hidden_size, config.projection_dim)
         self.projections = Projections(config.projections)
         self.passage_projections = None if config.tied_projections else Projections(config.projections)
         if config.temperature is None:
             config.temperature = 0.05 if config.normalize or config.similarity == "cosine" else 1.0
-        config.backbone = plain_model(backbone).config.to_dict()
-        if tokenizer is not None:
-            tokenizer.model_max_length = max(config.query_length, config.passage_length)
 
     @classmethod
-    def from_pretrained(  # noqa: D417 - overrides are described as one
-        cls,
-        pretrained_model_name_or_path: str | Path | ModelSource,
-        *,
-        revision: str | None = None,
-        dtype: str | torch.dtype = "float32",
-        attn_implementation: str | None = None,
-        **overrides: Any,
-    ) -> DenseRetriever:
-        """Opens any dense model: a folder or Hub id, of any library, or saved by this class.
-
-        Args:
-            pretrained_model_name_or_path: The folder or Hub id.
-            revision: Branch, tag or commit on the Hub.
-            dtype: The weights' precision; float32 unless said otherwise, whatever the checkpoint's is.
-            attn_implementation: Fixes the attention; by default it is chosen by device and mode.
-            overrides: Fields of [`DenseRetrieverConfig`] that replace what the checkpoint says.
-
-        Raises:
-            InputError: If the model cannot be found, read, or run as a dense retriever.
-        """
-        unknown = set(overrides) - set(_SETTINGS)
-        if unknown:
-            raise InputError(
-                f"unknown settings {sorted(unknown)}",
-                where="DenseRetriever.from_pretrained",
-                cure=f"Known are {', '.join(_SETTINGS)}",
-            )
-        overrides = {key: value for key, value in overrides.items() if value is not None}
-        source = find_model(pretrained_model_name_or_path, revision)
-        name = source.name
-        layout = layouts.read_layout(source.folder, name)
+    def _open(cls, opening: Opening) -> Self:
+        name, layout = opening.name, opening.layout()
         layouts.expect_kind(layout, "dense", name)
-        if layout.kind != "dense" and layout.query.pooling is None and (source.folder / "modules.json").is_file():
-            raise InputError("this is a cross-encoder", where=name, cure="Open it with CrossEncoderRanker")
-        backbone = load_backbone(layout.query.folder, name, dtype, attention=attn_implementation)
-        tokenizer = load_tokenizer(layout.query.folder, name, backbone, layout.query.lowercase)
+        if layout.kind != "dense" and layout.query.pooling is None and opening.is_modular:
+            what, archetype = _OTHERS[layout.kind]
+            raise InputError(f"this is a {what}", where=name, cure=f"Open it with {archetype}")
+        backbone, tokenizer = opening.tower(layout.query)
         passage_backbone = None
         if layout.passage is not None:
-            passage_backbone = load_backbone(layout.passage.folder, name, dtype, attention=attn_implementation)
-            second = load_tokenizer(layout.passage.folder, name, passage_backbone, layout.passage.lowercase)
+            passage_backbone, second = opening.tower(layout.passage)
             length = layout.passage.max_length or second.model_max_length
             layout = replace(layout, passage=replace(layout.passage, max_length=length))
             if tokenizer_fingerprint(second) != tokenizer_fingerprint(tokenizer):
                 raise InputError(
                     "the two towers have different tokenizers", where=name, cure="Give towers that share a tokenizer"
                 )
-        config, projections = _settings_of(layout, backbone, tokenizer, overrides, name)
-        config.name_or_path = name
-        model = cls(config, backbone, tokenizer, passage_backbone)
-        model.projections.fill(projections[0])
-        if model.passage_projections is not None:
-            model.passage_projections.fill(projections[1])
-        model.to(backbone.dtype)
-        model.source = source
-        model.attention_is_fixed = attn_implementation is not None
-        return model.eval()
+        config = DenseRetrieverConfig(**_settings_of(layout, backbone, tokenizer, opening))
+        model = cls(config, backbone, tokenizer, passage_backbone).to(backbone.dtype)
+        for modules, found in zip((model.projections, model.passage_projections), _projection_layouts(layout)):
+            if modules is not None:
+                modules.fill(found)
+        return model
 
     @property
     def towers(self) -> dict[str, nn.Module]:
@@ -208,22 +155,13 @@ class DenseRetriever(RetrievalModel):
             towers["passage_backbone"] = self.passage_backbone
         return towers
 
+    def tower(self, kind: Kind) -> nn.Module:
+        return self.backbone if kind == "query" or self.passage_backbone is None else self.passage_backbone
+
     @property
     def embedding_size(self) -> int:
         """Width of the vectors."""
         return self.projections[-1].out_features if len(self.projections) else self.config.hidden_size
-
-    def processor(self) -> TextProcessor:
-        config = self.config
-        return TextProcessor(
-            tokenizer=self.tokenizer,
-            kind="bi",
-            query_prompt=config.query_prompt,
-            passage_prompt=config.passage_prompt,
-            query_length=config.query_length,
-            passage_length=config.passage_length,
-            template=config.template,
-        )
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -256,94 +194,33 @@ class DenseRetriever(RetrievalModel):
             Float32 `[t, D]`; with `layers` also `[t, K, H]`, neither projected nor normalised; with `layer_tokens`
             also the mask `[t, l]` and the hidden states `[t, K, l, H]`.
         """
-        if layers:
-            return self._encode_layers(chunk, kind, embeddings, layers, layer_tokens)
-        second = kind == "passage"
-        tower = self.passage_backbone if second and self.passage_backbone is not None else self.backbone
-        hidden = tower(**self._inputs(tower, chunk, embeddings)).last_hidden_state
-        vectors = pool(hidden, chunk["attention_mask"], self.config.pooling)
-        projections = self.passage_projections if second and self.passage_projections is not None else self.projections
-        vectors = projections(vectors)
-        return F.normalize(vectors, dim=-1) if self.config.normalize else vectors
-
-    def _encode_layers(
-        self,
-        chunk: Mapping[str, torch.Tensor],
-        kind: Kind,
-        embeddings: torch.Tensor | None,
-        layers: Sequence[int],
-        layer_tokens: bool,
-    ) -> tuple[torch.Tensor, ...]:
-        second = kind == "passage" and self.passage_backbone is not None
-        tower = self.passage_backbone if second else self.backbone
-        with block_outputs(block_list(plain_model(tower))[1], layers) as found:
-            vectors = self.encode(chunk, kind, embeddings)
-        pooled = [pool(found[number], chunk["attention_mask"], self.config.pooling) for number in layers]
+        tower, mask = self.tower(kind), chunk["attention_mask"]
+        with self._watched(tower, layers) as found:
+            hidden = tower(**self._inputs(tower, chunk, embeddings)).last_hidden_state
+        vectors = pool(hidden, mask, self.config.pooling)
+        second = kind == "passage" and self.passage_projections is not None
+        vectors = (self.passage_projections if second else self.projections)(vectors)
+        if self.config.normalize:
+            vectors = F.normalize(vectors, dim=-1)
+        if not layers:
+            return vectors
+        pooled = torch.stack([pool(found[number], mask, self.config.pooling) for number in layers], 1)
         if not layer_tokens:
-            return vectors, torch.stack(pooled, 1)
-        tokens = torch.stack([found[number].float() for number in layers], 1)
-        return vectors, torch.stack(pooled, 1), chunk["attention_mask"].bool(), tokens
+            return vectors, pooled
+        return vectors, pooled, mask.bool(), torch.stack([found[number].float() for number in layers], 1)
 
-    def forward(
-        self,
-        query: Mapping[str, Any] | None = None,
-        passage: Mapping[str, Any] | None = None,
-        layers: Sequence[int] = (),
-        layer_tokens: bool = False,
-    ) -> RetrieverOutput:
-        """Vectors of a batch of queries and a batch of passages, in one call.
-
-        Args:
-            query: A token batch: `chunks`, each with `input_ids` and `attention_mask` `[t_i, l_i]`, and `inverse`
-                `[T]`, which restores the order of the texts.
-            passage: The same for passages.
-            layers: Numbers of layers, from 1, whose pooled vectors are wanted too.
-            layer_tokens: Whether their tokens' hidden states are wanted as well.
-        """
-        batches = {kind: batch for kind, batch in (("query", query), ("passage", passage)) if batch is not None}
-        if self.passage_backbone is None:
-            chunks = [chunk for batch in batches.values() for chunk in batch["chunks"]]
-            embeddings = iter(self._embedded(self.backbone, chunks))
-        else:
-            embeddings = iter(
-                [
-                    found
-                    for kind, batch in batches.items()
-                    for found in self._embedded(
-                        self.backbone if kind == "query" else self.passage_backbone, batch["chunks"]
-                    )
-                ]
-            )
-        vectors: dict[str, torch.Tensor] = {}
-        of_layers: dict[str, torch.Tensor] = {}
-        tokens: dict[str, list[torch.Tensor]] = {}
-        for kind, batch in batches.items():
-            parts: list[Any] = [
-                self._maybe_recompute(self.encode, chunk, kind, next(embeddings), layers, layer_tokens)
-                for chunk in batch["chunks"]
-            ]
-            if layer_tokens and layers:
-                longest = max(part[2].shape[1] for part in parts)
-                padded = [(pad_tokens(part[2], longest, 1), pad_tokens(part[3], longest, 2)) for part in parts]
-                tokens[kind] = [torch.cat(same)[batch["inverse"]] for same in zip(*padded)]
-            if layers:
-                of_layers[kind] = torch.cat([part[1] for part in parts])[batch["inverse"]]
-                parts = [part[0] for part in parts]
-            vectors[kind] = torch.cat(parts)[batch["inverse"]]
-        query_vectors, passage_vectors = vectors.get("query"), vectors.get("passage")
+    def _output(self, found: list[Both]) -> RetrieverOutput:
+        vectors, *more = found
         projected = {
-            getattr(module, "label", name): tuple(
-                None if one is None else module(one) for one in (query_vectors, passage_vectors)
-            )
+            getattr(module, "label", name): tuple(None if one is None else module(one) for one in vectors)
             for name, module in self.training_modules.items()
             if isinstance(module, nn.Linear)
         }
         return RetrieverOutput(
-            query=query_vectors,
-            passage=passage_vectors,
+            *vectors,
             projected=projected or None,
-            layers=(of_layers.get("query"), of_layers.get("passage")) if layers else None,
-            layer_tokens=tuple(tokens[kind][part] for part in (1, 0) for kind in tokens) if tokens else None,
+            layers=more[0] if more else None,
+            layer_tokens=(*more[2], *more[1]) if more[1:] else None,
         )
 
     def layer_tokens(self, output: Any, batch: Mapping[str, Any]) -> LayerTokens:
@@ -360,21 +237,6 @@ class DenseRetriever(RetrievalModel):
         projection.label = name
         self.training_modules[name.replace(".", "_")] = projection
 
-    def similarity_scores(self, query: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
-        """Training scores of queries `[Q, D]` with passages `[C, D]`: float32 `[Q, C]`, divided by the temperature."""
-        return self._compare(query, passage, lambda q, p: q @ p.T)
-
-    def own_scores(self, query: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
-        """Training scores of queries `[Q, D]` with each one's own passages `[Q, M, D]`: float32 `[Q, M]`."""
-        return self._compare(query, passage, lambda q, p: (p @ q.unsqueeze(-1)).squeeze(-1))
-
-    def _compare(self, query: torch.Tensor, passage: torch.Tensor, product: Any) -> torch.Tensor:
-        with torch.autocast(query.device.type, enabled=False):
-            query, passage = query.float(), passage.float()
-            if self.config.similarity == "cosine" and not self.config.normalize:
-                query, passage = F.normalize(query, dim=-1), F.normalize(passage, dim=-1)
-            return product(query, passage) / self.config.temperature
-
     # --------------------------------------------------------------------------------------------------- saving
 
     def _export(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
@@ -382,20 +244,16 @@ class DenseRetriever(RetrievalModel):
         shared = self.projections.exported("projections", state)
         if self.passage_backbone is None and self.passage_projections is None:
             self._save_tower("backbone", folder, state)
-            tail = layouts.write_tail(folder, config.pooling, config.hidden_size, shared, config.normalize)
-            layouts.write_modules(folder, [("", "Transformer"), *tail])
-            layouts.write_lengths(folder, config.query_length, config.passage_length)
+            tail = writing.write_tail(folder, config.pooling, config.hidden_size, shared, config.normalize)
+            writing.write_modules(folder, [("", "Transformer"), *tail])
+            writing.write_lengths(folder, config.query_length, config.passage_length)
         else:
             self._export_towers(folder, state, shared)
-        layouts.write_settings(
+        writing.write_settings(
             folder,
             "SentenceTransformer",
             {"query": config.query_prompt, "document": config.passage_prompt},
             similarity_fn_name=config.similarity,
-        )
-        layouts.write_json(
-            folder / layouts.EXTRA_FILE,
-            {"archetype": "dense", "temperature": config.temperature, "template": config.template},
         )
 
     def _export_towers(self, folder: Path, state: Mapping[str, torch.Tensor], shared: list) -> None:
@@ -409,17 +267,17 @@ class DenseRetriever(RetrievalModel):
         ):
             subfolder = f"{route}_0_Transformer"
             self._save_tower(tower, folder / subfolder, state)
-            layouts.write_lengths(folder / subfolder, length, length)
+            writing.write_lengths(folder / subfolder, length, length)
             projections = getattr(self, attribute).exported(attribute, state) if own_projections else []
-            tail = layouts.write_tail(
+            tail = writing.write_tail(
                 folder, config.pooling, config.hidden_size, projections, normalize=False, prefix=f"{route}_"
             )
             routes[route] = [(subfolder, "Transformer"), *tail]
-        layouts.write_router(folder, routes["query"], routes["document"])
-        tail = layouts.write_tail(
+        writing.write_router(folder, routes["query"], routes["document"])
+        tail = writing.write_tail(
             folder, None, config.hidden_size, [] if own_projections else shared, config.normalize
         )
-        layouts.write_modules(folder, [("", "Router"), *tail])
+        writing.write_modules(folder, [("", "Router"), *tail])
 
     def _restore(self, folder: Path) -> None:
         layout = layouts.read_layout(folder, str(folder))
@@ -434,68 +292,40 @@ class DenseRetriever(RetrievalModel):
             self.passage_projections.restore(second)
 
 
-_SETTINGS = (
-    "pooling", "normalize", "similarity", "temperature", "query_prompt", "passage_prompt", "query_length",
-    "passage_length", "template", "projection_dim", "tied",
-)  # fmt: skip
-
-
-def _check_settings(config: DenseRetrieverConfig) -> None:
-    for option, known in (("pooling", _POOLINGS), ("similarity", ("dot", "cosine"))):
-        if getattr(config, option) not in known:
-            raise InputError(f"{option} is {getattr(config, option)!r}", cure=f"Choose one of {', '.join(known)}")
-    if config.temperature is not None and not config.temperature > 0:
-        raise InputError(f"temperature is {config.temperature}", cure="Choose a positive number")
-
-
-def _settings_of(
-    layout: Layout, backbone: PreTrainedModel, tokenizer: Any, overrides: dict[str, Any], name: str
-) -> tuple[DenseRetrieverConfig, tuple[tuple[ProjectionLayout, ...], tuple[ProjectionLayout, ...]]]:
-    """The configuration a layout and the user's overrides make, and the projections to load per tower."""
+def _settings_of(layout: Layout, backbone: PreTrainedModel, tokenizer: Any, opening: Opening) -> dict[str, Any]:
+    """The settings that a layout and the user's wishes make."""
+    name, wanted = opening.name, opening.wanted
     query, passage = layout.query, layout.passage or layout.query
     poolings = {tower.pooling for tower in (query, passage)} - {None}
     if len(poolings) > 1 or query.normalize != passage.normalize:
         raise InputError("the two towers pool or normalise differently", where=name)
-    decoder = any(part.endswith("ForCausalLM") for part in backbone.config.architectures or [])
-    projections = _projection_layouts(layout)
-    wanted = overrides.get("projection_dim")
-    if wanted is not None:
-        have = projections[0][-1].out_features if projections[0] else None
-        if have is not None and have != wanted:
-            raise InputError(
-                f"projection_dim is {wanted}, but the model already projects to {have}",
-                where=name,
-                cure="Leave projection_dim out, or start from a model without a Dense module",
-            )
-    settings: dict[str, Any] = {
-        "pooling": next(iter(poolings), "last" if decoder else "mean"),
-        "normalize": query.normalize,
-        "similarity": layout.similarity or "cosine",
-        "query_prompt": layout.query_prompt,
-        "passage_prompt": layout.passage_prompt,
-        "tied": layout.passage is None,
-        **{key: layout.extra[key] for key in ("temperature", "template") if layout.extra.get(key) is not None},
-        **overrides,
-    }
-    if {"similarity", "normalize"} & set(overrides) and "temperature" not in overrides:
-        settings["temperature"] = None
-    if overrides.get("tied") and layout.passage is not None:
+    if wanted.get("tied") and layout.passage is not None:
         raise InputError("the model has two towers, which cannot become one", where=name, cure="Leave out tied")
+    projections = _projection_layouts(layout)
     own, second = ([one.settings() for one in found] for found in projections)
     if own != second:
         raise InputError("the two towers have Dense modules of different shapes", where=name)
-    for option, tower, recorded in (
-        ("query_length", query, query.query_length),
-        ("passage_length", passage, passage.passage_length),
-    ):
-        settings[option] = choose_length(
-            overrides.get(option), recorded or tower.max_length, tokenizer, backbone, name, option
+    width = wanted.get("projection_dim")
+    if width is not None and own and own[-1]["out_features"] != width:
+        raise InputError(
+            f"projection_dim is {width}, but the model already projects to {own[-1]['out_features']}",
+            where=name,
+            cure="Leave projection_dim out, or start from a model without a Dense module",
         )
-    if own:
-        settings["projections"] = own
-        settings["projection_dim"] = own[-1]["out_features"]
-    settings["tied_projections"] = projections[0] == projections[1]
-    return DenseRetrieverConfig(**settings), projections
+    decoder = any(part.endswith("ForCausalLM") for part in backbone.config.architectures or [])
+    settings = opening.settings(
+        layout,
+        DenseRetriever.recorded_settings,
+        **opening.reading(layout, backbone, tokenizer),
+        pooling=next(iter(poolings), "last" if decoder else "mean"),
+        normalize=query.normalize,
+        similarity=layout.similarity or "cosine",
+        tied=layout.passage is None,
+        tied_projections=projections[0] == projections[1],
+    )
+    if {"similarity", "normalize"} & set(wanted) and "temperature" not in wanted:
+        settings["temperature"] = None
+    return settings | ({"projections": own, "projection_dim": own[-1]["out_features"]} if own else {})
 
 
 def _projection_layouts(layout: Layout) -> tuple[tuple[ProjectionLayout, ...], tuple[ProjectionLayout, ...]]:

@@ -1,9 +1,8 @@
-"""The folders other libraries read and write: bare transformers checkpoints and sentence-transformers' modules.
+"""What other libraries' folders say of a model: bare transformers checkpoints and sentence-transformers' modules.
 
 What is read: `modules.json` with the module paths of sentence-transformers 2 to 6 (Transformer, Pooling, Dense,
 Normalize, Dropout, Router), the older and the newer keys of their configurations, two towers as a `Router` or as the
-folders `query_model/` and `passage_model/`, and folders without any of this. What is written: the older paths and
-keys, which every version of sentence-transformers understands.
+folders `query_model/` and `passage_model/`, and folders without any of this. What is written is in `writing.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 from ..console import get_logger
 from ..errors import InputError
-from ..files import read_json, write_json
+from ..files import read_json
 
 
 logger = get_logger(__name__)
@@ -37,11 +36,6 @@ ACTIVATIONS = {
     "GELU": "torch.nn.modules.activation.GELU",
     "SiLU": "torch.nn.modules.activation.SiLU",
     "Sigmoid": "torch.nn.modules.activation.Sigmoid",
-}
-# Modules that are not in sentence_transformers.models.
-_MODULE_PACKAGES = {
-    "SpladePooling": "sentence_transformers.sparse_encoder.models",
-    "MultiVectorMask": "sentence_transformers.multi_vector_encoder.modules.multi_vector_mask",
 }
 # sentence-transformers' and PyLate's names for multi-vector models; read by token_layouts.
 _MULTI_VECTOR = ("MultiVectorEncoder", "ColBERT")
@@ -375,102 +369,3 @@ def read_dense(config: dict[str, Any], folder: Path, where: str) -> ProjectionLa
             f"the activation {activation!r} is not supported", where=where, cure=f"Supported: {', '.join(ACTIVATIONS)}"
         )
     return ProjectionLayout(config["in_features"], config["out_features"], config.get("bias", True), short, folder)
-
-
-# ---------------------------------------------------------------------------------------------------- writing
-
-
-def _module(position: int, path: str, kind: str) -> dict[str, Any]:
-    package = _MODULE_PACKAGES.get(kind, "sentence_transformers.models")
-    return {"idx": position, "name": str(position), "path": path, "type": f"{package}.{kind}"}
-
-
-def write_tail(
-    folder: Path, pooling: str | None, dimension: int, projections: list, normalize: bool, prefix: str = ""
-) -> list[tuple[str, str]]:
-    """Writes the modules after a transformer into `folder` and returns their (path, class) in order.
-
-    Args:
-        folder: Where the module folders are made.
-        pooling: `"cls"`, `"mean"`, `"last"`, or None for no pooling module.
-        dimension: Width of the transformer's hidden states.
-        projections: Pairs of [`ProjectionLayout`] and the tensors `linear.weight` (and `linear.bias`).
-        normalize: Whether a normalisation ends the list.
-        prefix: Put before the names of the module folders, which are numbered from 1.
-    """
-    from safetensors.torch import save_file
-
-    entries: list[tuple[str, str]] = []
-    if pooling is not None:
-        chosen = {"last": "lasttoken"}.get(pooling, pooling)
-        config = {"word_embedding_dimension": dimension, "include_prompt": True}
-        config |= {key: mode == chosen for mode, key in POOLING_KEYS.items()}
-        entries.append((f"{prefix}1_Pooling", "Pooling"))
-        write_json(folder / entries[-1][0] / "config.json", config)
-    for layout, tensors in projections:
-        entries.append((f"{prefix}{1 + len(entries)}_Dense", "Dense"))
-        config = layout.settings() | {"activation_function": ACTIVATIONS[layout.activation]}
-        del config["activation"]
-        write_json(folder / entries[-1][0] / "config.json", config)
-        save_file(tensors, folder / entries[-1][0] / "model.safetensors", metadata={"format": "pt"})
-    if normalize:
-        entries.append((f"{prefix}{1 + len(entries)}_Normalize", "Normalize"))
-        (folder / entries[-1][0]).mkdir(parents=True, exist_ok=True)
-    return entries
-
-
-def write_lexical_tail(folder: Path, terms: int, skipped_tokens: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Writes the modules after a masked-LM transformer and returns their (path, class) in order.
-
-    Args:
-        folder: Where the module folders are made.
-        terms: Size of the vocabulary.
-        skipped_tokens: Tokens that take no part in pooling.
-    """
-    entries = []
-    if skipped_tokens:
-        entries.append(("1_MultiVectorMask", "MultiVectorMask"))
-        config: dict[str, Any] = {"skiplist_words": list(skipped_tokens), "skiplist_tasks": ["query", "document"]}
-        write_json(folder / entries[-1][0] / "config.json", config | {"keep_only_token_ids": None})
-    entries.append((f"{1 + len(entries)}_SpladePooling", "SpladePooling"))
-    config = {"pooling_strategy": "max", "activation_function": "relu", "word_embedding_dimension": terms}
-    write_json(folder / entries[-1][0] / "config.json", config)
-    return entries
-
-
-def write_modules(folder: Path, entries: list[tuple[str, str]]) -> None:
-    """Writes `modules.json` from (path, class) pairs."""
-    write_json(folder / "modules.json", [_module(n, path, kind) for n, (path, kind) in enumerate(entries)])
-
-
-def write_router(folder: Path, query: list[tuple[str, str]], passage: list[tuple[str, str]]) -> None:
-    """Writes `router_config.json` for two towers whose modules lie in subfolders of `folder`."""
-    types = {path: f"sentence_transformers.models.{kind}" for path, kind in (*query, *passage)}
-    structure = {"query": [path for path, _ in query], "document": [path for path, _ in passage]}
-    parameters = {"default_route": "document", "allow_empty_key": True}
-    write_json(folder / "router_config.json", {"types": types, "structure": structure, "parameters": parameters})
-
-
-def write_lengths(folder: Path, query_length: int, passage_length: int, **more: Any) -> None:
-    """Writes `sentence_bert_config.json`; lengths by task only where they differ, as only new versions know them."""
-    config: dict[str, Any] = {"max_seq_length": max(query_length, passage_length), "do_lower_case": False, **more}
-    if query_length != passage_length:
-        config |= {"query_length": query_length, "document_length": passage_length}
-    write_json(folder / "sentence_bert_config.json", config)
-
-
-def write_settings(folder: Path, model_type: str, prompts: dict[str, str], **more: Any) -> None:
-    """Writes `config_sentence_transformers.json`."""
-    import torch
-    import transformers
-
-    write_json(
-        folder / "config_sentence_transformers.json",
-        {
-            "model_type": model_type,
-            "__version__": {"transformers": transformers.__version__, "pytorch": torch.__version__},
-            "prompts": prompts,
-            "default_prompt_name": None,
-            **more,
-        },
-    )

@@ -9,22 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..console import get_logger
 from ..errors import InputError
-from . import layouts
+from . import writing
 from .backbones import plain_model
-from .base import RetrievalConfig, RetrievalModel
-from .dense import Kind, RetrieverOutput
-from .layouts import Layout
-from .loading import choose_length, load_backbone, load_tokenizer
-from .processing import TextProcessor
-from .source import ModelSource, find_model
+from .bi_encoder import BiEncoderConfig, Both, Kind, RetrieverOutput, VectorRetriever
+from .opening import Opening
 from .token_maximum import replaced_forward, token_maximum
 
 
@@ -33,7 +29,7 @@ logger = get_logger(__name__)
 POOLED_TOKENS = ("all", "text", "inner")
 
 
-class LexicalRetrieverConfig(RetrievalConfig):
+class LexicalRetrieverConfig(BiEncoderConfig):
     """Settings of a [`LexicalRetriever`].
 
     Args:
@@ -55,13 +51,20 @@ class LexicalRetrieverConfig(RetrievalConfig):
     pooled_tokens: str = "all"
     query_terms: int | None = None
     passage_terms: int | None = None
-    temperature: float = 1.0
-    passage_prompt: str = ""
-    query_length: int = 512
-    passage_length: int = 512
     # Read by whoever compares vectors; lexical ones are compared by dot product as they are.
     similarity: str = "dot"
     normalize: bool = False
+
+    def check(self) -> None:
+        super().check()
+        if self.pooled_tokens not in POOLED_TOKENS:
+            raise InputError(
+                f"pooled_tokens is {self.pooled_tokens!r}", cure=f"Choose one of {', '.join(POOLED_TOKENS)}"
+            )
+        for option in ("query_terms", "passage_terms"):
+            terms = getattr(self, option)
+            if terms is not None and terms < 1:
+                raise InputError(f"{option} is {terms}", cure="Keep one term at least, or leave it out")
 
 
 def splade_max(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -113,11 +116,12 @@ def keep_heaviest(weights: torch.Tensor, terms: int | None) -> torch.Tensor:
     return torch.zeros_like(weights).scatter(1, columns, values)
 
 
-class LexicalRetriever(RetrievalModel):
+class LexicalRetriever(VectorRetriever):
     """A masked language model whose pooled logits are the weights of terms, compared by dot product.
 
-    Open one with [`LexicalRetriever.from_pretrained`]: any masked language model, a public SPLADE checkpoint, or what
-    this class saved.
+    [`LexicalRetriever.from_pretrained`] opens any masked language model, a public SPLADE checkpoint, or what this
+    class saved: a folder or Hub id. Its options are fields of [`LexicalRetrieverConfig`], and `new_head`:
+    `"identity"` or `"random"` to start a masked-LM head where the checkpoint has none.
 
     Args:
         config: The settings.
@@ -126,94 +130,46 @@ class LexicalRetriever(RetrievalModel):
     """
 
     config_class = LexicalRetrieverConfig
+    archetype = "lexical"
     representation = "sparse"
+    backbone_head = "masked_lm"
+    known_settings = (
+        "pooled_tokens", "query_terms", "passage_terms", "temperature", "query_prompt", "passage_prompt",
+        "query_length", "passage_length", "template", "new_head",
+    )  # fmt: skip
+    recorded_settings = ("pooled_tokens", "query_terms", "passage_terms", "temperature", "template")
 
     def __init__(self, config: LexicalRetrieverConfig, backbone: PreTrainedModel | None = None, tokenizer: Any = None):
-        super().__init__(config, tokenizer)
-        _check_settings(config)
-        if backbone is None:
-            backbone = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**config.backbone))
-        self.backbone = backbone
-        plain = plain_model(backbone)
-        config.hidden_size = plain.config.hidden_size
-        config.backbone = plain.config.to_dict()
-        self._pools_in_head = ends_with_projection(plain)
-        if tokenizer is not None:
-            tokenizer.model_max_length = max(config.query_length, config.passage_length)
+        super().__init__(config, backbone, tokenizer)
+        self._pools_in_head = ends_with_projection(plain_model(self.backbone))
 
     @classmethod
-    def from_pretrained(  # noqa: D417 - overrides are described as one
-        cls,
-        pretrained_model_name_or_path: str | Path | ModelSource,
-        *,
-        revision: str | None = None,
-        dtype: str | torch.dtype = "float32",
-        attn_implementation: str | None = None,
-        new_head: str | None = None,
-        **overrides: Any,
-    ) -> LexicalRetriever:
-        """Opens a masked language model or a SPLADE model: a folder or Hub id, or saved by this class.
-
-        Args:
-            pretrained_model_name_or_path: The folder or Hub id.
-            revision: Branch, tag or commit on the Hub.
-            dtype: The weights' precision; float32 unless said otherwise, whatever the checkpoint's is.
-            attn_implementation: Fixes the attention; by default it is chosen by device and mode.
-            new_head: `"identity"` or `"random"` to start a masked-LM head where the checkpoint has none.
-            overrides: Fields of [`LexicalRetrieverConfig`] that replace what the checkpoint says.
-
-        Raises:
-            InputError: If the model cannot be found or read, or has no masked-LM head.
-        """
-        unknown = set(overrides) - set(_SETTINGS)
-        if unknown:
+    def _open(cls, opening: Opening) -> Self:
+        layout, name = opening.layout(), opening.name
+        if layout.passage is not None or (opening.is_modular and layout.kind not in ("lexical", "dense")):
             raise InputError(
-                f"unknown settings {sorted(unknown)}",
-                where="LexicalRetriever.from_pretrained",
-                cure=f"Known are {', '.join(_SETTINGS)}",
+                "this is no lexical model", where=name, cure="Open it with load_model, which finds out what it is"
             )
-        source = find_model(pretrained_model_name_or_path, revision)
-        layout = layouts.read_layout(source.folder, source.name)
-        modular = (source.folder / "modules.json").is_file()
-        if layout.passage is not None or (modular and layout.kind not in ("lexical", "dense")):
+        backbone, tokenizer = opening.tower(layout.query, opening.wanted.pop("new_head", None))
+        special, skipped = set(special_tokens(tokenizer)), set(layout.query.skipped_tokens)
+        if skipped not in (set(), special):
             raise InputError(
-                "this is no lexical model",
-                where=source.name,
-                cure="Open it with load_model, which finds out what it is",
+                f"the model leaves the tokens {sorted(skipped)} out of its pooling",
+                where=name,
+                cure=f"Supported are none and {sorted(special)}",
             )
-        backbone = load_backbone(
-            layout.query.folder,
-            source.name,
-            dtype,
-            head="masked_lm",
-            attention=attn_implementation,
-            new_head=new_head,
+        settings = opening.settings(
+            layout,
+            cls.recorded_settings,
+            **opening.reading(layout, backbone, tokenizer),
+            pooled_tokens="text" if skipped else "all",
         )
-        tokenizer = load_tokenizer(layout.query.folder, source.name, backbone, layout.query.lowercase)
-        settings = {key: value for key, value in overrides.items() if value is not None}
-        config = _settings_of(layout, backbone, tokenizer, settings, source.name)
-        config.name_or_path = source.name
-        model = cls(config, backbone, tokenizer)
-        model.source = source
-        model.attention_is_fixed = attn_implementation is not None
-        return model.eval()
+        return cls(LexicalRetrieverConfig(**settings), backbone, tokenizer)
 
     @property
     def embedding_size(self) -> int:
         """Number of terms."""
         return plain_model(self.backbone).get_output_embeddings().weight.shape[0]
-
-    def processor(self) -> TextProcessor:
-        config = self.config
-        return TextProcessor(
-            tokenizer=self.tokenizer,
-            kind="bi",
-            query_prompt=config.query_prompt,
-            passage_prompt=config.passage_prompt,
-            query_length=config.query_length,
-            passage_length=config.passage_length,
-            template=config.template,
-        )
 
     def settings(self) -> dict[str, Any]:
         names = ("pooled_tokens", "query_terms", "passage_terms")
@@ -250,34 +206,8 @@ class LexicalRetriever(RetrievalModel):
             weights = splade_max(self.backbone(**inputs).logits, keep)
         return keep_heaviest(weights, self.config.query_terms if kind == "query" else self.config.passage_terms)
 
-    def forward(
-        self, query: Mapping[str, Any] | None = None, passage: Mapping[str, Any] | None = None
-    ) -> RetrieverOutput:
-        """Term weights of a batch of queries and a batch of passages, in one call.
-
-        Args:
-            query: A token batch: `chunks`, each with `input_ids` and `attention_mask` `[t_i, l_i]`, and `inverse`
-                `[T]`, which restores the order of the texts.
-            passage: The same for passages.
-        """
-        batches = {kind: batch for kind, batch in (("query", query), ("passage", passage)) if batch is not None}
-        chunks = [chunk for batch in batches.values() for chunk in batch["chunks"]]
-        embeddings = iter(self._embedded(self.backbone, chunks))
-        weights = {}
-        for kind, batch in batches.items():
-            parts = [self._maybe_recompute(self.encode, chunk, kind, next(embeddings)) for chunk in batch["chunks"]]
-            weights[kind] = torch.cat(parts)[batch["inverse"]]
-        return RetrieverOutput(query=weights.get("query"), passage=weights.get("passage"))
-
-    def similarity_scores(self, query: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
-        """Training scores of queries `[Q, V]` with passages `[C, V]`: float32 `[Q, C]`, divided by the temperature."""
-        with torch.autocast(query.device.type, enabled=False):
-            return query @ passage.T / self.config.temperature
-
-    def own_scores(self, query: torch.Tensor, passage: torch.Tensor) -> torch.Tensor:
-        """Training scores of queries `[Q, V]` with each one's own passages `[Q, M, V]`: float32 `[Q, M]`."""
-        with torch.autocast(query.device.type, enabled=False):
-            return (passage @ query.unsqueeze(-1)).squeeze(-1) / self.config.temperature
+    def _output(self, found: list[Both]) -> RetrieverOutput:
+        return RetrieverOutput(*found[0])
 
     # --------------------------------------------------------------------------------------------------- saving
 
@@ -292,15 +222,14 @@ class LexicalRetriever(RetrievalModel):
             )
 
     def _export(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
-        self.check_export()
         config = self.config
         self._save_tower("backbone", folder, state)
         # Where no separator stands inside a text, the inner tokens are those that are not special.
         skipped = () if config.pooled_tokens == "all" else special_tokens(self.tokenizer)
-        tail = layouts.write_lexical_tail(folder, self.embedding_size, skipped)
-        layouts.write_modules(folder, [("", "Transformer"), *tail])
-        layouts.write_lengths(folder, config.query_length, config.passage_length, transformer_task="fill-mask")
-        layouts.write_settings(
+        tail = writing.write_lexical_tail(folder, self.embedding_size, skipped)
+        writing.write_modules(folder, [("", "Transformer"), *tail])
+        writing.write_lengths(folder, config.query_length, config.passage_length, transformer_task="fill-mask")
+        writing.write_settings(
             folder,
             "SparseEncoder",
             {"query": config.query_prompt, "document": config.passage_prompt},
@@ -308,56 +237,6 @@ class LexicalRetriever(RetrievalModel):
         )
         if config.query_terms or config.passage_terms:
             logger.info("In sentence-transformers pass max_active_dims to keep the heaviest terms only.")
-        names = ("pooled_tokens", "query_terms", "passage_terms", "temperature", "template")
-        layouts.write_json(
-            folder / layouts.EXTRA_FILE, {"archetype": "lexical"} | {name: getattr(config, name) for name in names}
-        )
-
-    def _restore(self, folder: Path) -> None:
-        self._restore_tower("backbone", folder)
-
-
-_SETTINGS = (
-    "pooled_tokens", "query_terms", "passage_terms", "temperature", "query_prompt", "passage_prompt", "query_length",
-    "passage_length", "template",
-)  # fmt: skip
-
-
-def _check_settings(config: LexicalRetrieverConfig) -> None:
-    if config.pooled_tokens not in POOLED_TOKENS:
-        raise InputError(
-            f"pooled_tokens is {config.pooled_tokens!r}", cure=f"Choose one of {', '.join(POOLED_TOKENS)}"
-        )
-    for option in ("query_terms", "passage_terms"):
-        if getattr(config, option) is not None and getattr(config, option) < 1:
-            raise InputError(f"{option} is {getattr(config, option)}", cure="Keep one term at least, or leave it out")
-    if not config.temperature > 0:
-        raise InputError(f"temperature is {config.temperature}", cure="Choose a positive number")
-
-
-def _settings_of(
-    layout: Layout, backbone: PreTrainedModel, tokenizer: Any, overrides: dict[str, Any], name: str
-) -> LexicalRetrieverConfig:
-    special = {tokenizer.cls_token, tokenizer.sep_token} - {None}
-    skipped = set(layout.query.skipped_tokens)
-    if skipped not in (set(), special):
-        raise InputError(
-            f"the model leaves the tokens {sorted(skipped)} out of its pooling",
-            where=name,
-            cure=f"Supported are none and {sorted(special)}",
-        )
-    names = ("pooled_tokens", "query_terms", "passage_terms", "temperature", "template")
-    settings: dict[str, Any] = {
-        "pooled_tokens": "text" if skipped else "all",
-        "query_prompt": layout.query_prompt,
-        "passage_prompt": layout.passage_prompt,
-        **{key: layout.extra[key] for key in names if layout.extra.get(key) is not None},
-        **overrides,
-    }
-    for option in ("query_length", "passage_length"):
-        recorded = getattr(layout.query, option) or layout.query.max_length
-        settings[option] = choose_length(overrides.get(option), recorded, tokenizer, backbone, name, option)
-    return LexicalRetrieverConfig(**settings)
 
 
 def ends_with_projection(backbone: PreTrainedModel) -> bool:

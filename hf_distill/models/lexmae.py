@@ -9,31 +9,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
 from ..errors import InputError
-from . import layouts
 from .backbones import plain_model
-from .base import RetrievalConfig, RetrievalModel
+from .base import RetrievalModel
 from .lexical import ends_with_projection, pooled_mask, special_tokens
-from .loading import (
-    check_masked_lm,
-    choose_length,
-    config_of_layers,
-    load_backbone,
-    load_tokenizer,
-    quiet_transformers,
-    read_config,
-)
+from .loading import auto_class, check_masked_lm, config_of_layers, load_tokenizer, quiet_transformers, read_config
+from .native import RetrievalConfig
+from .opening import Opening
 from .processing import TextProcessor
-from .source import ModelSource, find_model
 from .token_maximum import replaced_forward, token_maximum
 
 
@@ -57,6 +49,14 @@ class LexMAEConfig(RetrievalConfig):
     decoder_layers: int = 2
     bottleneck: str = "softmax"
     passage_length: int = 144
+
+    def check(self) -> None:
+        super().check()
+        if self.bottleneck not in BOTTLENECKS or self.decoder_layers < 0:
+            raise InputError(
+                f"bottleneck is {self.bottleneck!r} and decoder_layers {self.decoder_layers}",
+                cure=f"Choose a bottleneck of {', '.join(BOTTLENECKS)}, and 0 layers or more",
+            )
 
 
 @dataclass
@@ -110,7 +110,10 @@ class LexMAEForPreTraining(RetrievalModel):
     """A masked-LM model with a lexical bottleneck and a small decoder behind it.
 
     `save_pretrained` writes an ordinary masked-LM checkpoint, and the decoder to `training_modules.safetensors` beside
-    it. Open one with [`LexMAEForPreTraining.from_pretrained`].
+    it. [`LexMAEForPreTraining.from_pretrained`] opens a masked language model to be pre-trained further, or makes a
+    new one of its architecture. Its options are fields of [`LexMAEConfig`]; `new_head`, `"identity"` or `"random"`, to
+    start a masked-LM head where the checkpoint has none; and `fresh`, to start all weights anew (only configuration
+    and tokenizer are read).
 
     Args:
         config: The settings.
@@ -119,20 +122,15 @@ class LexMAEForPreTraining(RetrievalModel):
     """
 
     config_class = LexMAEConfig
+    archetype = "lexmae"
+    backbone_head = "masked_lm"
+    known_settings = ("decoder_layers", "bottleneck", "passage_length", "template", "new_head", "fresh")
     # Not a retriever yet: cards say how to open it as what it is.
     representation = "masked_lm"
 
     def __init__(self, config: LexMAEConfig, backbone: PreTrainedModel | None = None, tokenizer: Any = None):
-        super().__init__(config, tokenizer)
-        if config.bottleneck not in BOTTLENECKS or config.decoder_layers < 0:
-            raise InputError(
-                f"bottleneck is {config.bottleneck!r} and decoder_layers {config.decoder_layers}",
-                cure=f"Choose a bottleneck of {', '.join(BOTTLENECKS)}, and 0 layers or more",
-            )
-        if backbone is None:
-            backbone = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**config.backbone))
-        self.backbone = backbone
-        config.hidden_size, config.backbone = backbone.config.hidden_size, backbone.config.to_dict()
+        super().__init__(config, backbone, tokenizer)
+        backbone = self.backbone
         if not ends_with_projection(backbone):
             raise InputError(
                 f"the masked-LM head of {backbone.config.model_type!r} does not end with its vocabulary matrix",
@@ -153,48 +151,17 @@ class LexMAEForPreTraining(RetrievalModel):
             tokenizer.model_max_length = config.passage_length
 
     @classmethod
-    def from_pretrained(  # noqa: D417 - overrides are described as one
-        cls,
-        pretrained_model_name_or_path: str | Path | ModelSource,
-        *,
-        revision: str | None = None,
-        dtype: str | torch.dtype = "float32",
-        new_head: str | None = None,
-        fresh: bool = False,
-        **overrides: Any,
-    ) -> LexMAEForPreTraining:
-        """Opens a masked language model to be pre-trained further, or makes a new one of its architecture.
-
-        Args:
-            pretrained_model_name_or_path: The folder or Hub id.
-            revision: Branch, tag or commit on the Hub.
-            dtype: The weights' precision.
-            new_head: `"identity"` or `"random"` to start a masked-LM head where the checkpoint has none.
-            fresh: Start all weights anew; only configuration and tokenizer are read.
-            overrides: Fields of [`LexMAEConfig`].
-
-        Raises:
-            InputError: If the model cannot be found or read, or has no masked-LM head.
-        """
-        unknown = set(overrides) - {"decoder_layers", "bottleneck", "passage_length", "template"}
-        if unknown:
-            raise InputError(f"unknown settings {sorted(unknown)}", where="LexMAEForPreTraining.from_pretrained")
-        source = find_model(pretrained_model_name_or_path, revision)
-        layout = layouts.read_layout(source.folder, source.name)
-        folder = layout.query.folder
+    def _open(cls, opening: Opening) -> Self:
+        tower, wanted = opening.layout().query, opening.wanted
+        new_head, fresh = wanted.pop("new_head", None), wanted.pop("fresh", False)
         if fresh:
-            backbone = _fresh_backbone(folder, source.name, dtype)
+            backbone = _fresh_backbone(tower.folder, opening)
+            tokenizer = load_tokenizer(tower.folder, opening.name, backbone, tower.lowercase)
         else:
-            backbone = load_backbone(folder, source.name, dtype, head="masked_lm", new_head=new_head)
-        tokenizer = load_tokenizer(folder, source.name, backbone, layout.query.lowercase)
-        settings = {key: value for key, value in overrides.items() if value is not None}
-        wanted = settings.pop("passage_length", None)
-        length = choose_length(wanted, LexMAEConfig.passage_length, tokenizer, backbone, source.name, "passage_length")
-        config = LexMAEConfig(passage_length=length, **settings)
-        config.name_or_path = source.name
-        model = cls(config, backbone, tokenizer).to(backbone.dtype)
-        model.source = source
-        return model.eval()
+            backbone, tokenizer = opening.tower(tower, new_head)
+        length = opening.length("passage_length", LexMAEConfig.passage_length, backbone, tokenizer)
+        config = LexMAEConfig(**wanted | {"passage_length": length})
+        return cls(config, backbone, tokenizer).to(backbone.dtype)
 
     def processor(self) -> TextProcessor:
         length = self.config.passage_length
@@ -279,12 +246,10 @@ class LexMAEForPreTraining(RetrievalModel):
 
     def _export(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
         self._save_tower("backbone", folder, state)
-        # How a lexical model that starts from here pools.
-        extra = {"archetype": "lexmae", "pooled_tokens": "text", "template": self.config.template}
-        layouts.write_json(folder / layouts.EXTRA_FILE, extra)
 
-    def _restore(self, folder: Path) -> None:
-        self._restore_tower("backbone", folder)
+    def _record(self) -> dict[str, Any]:
+        # How a lexical model that starts from here pools.
+        return {"archetype": self.archetype, "pooled_tokens": "text", "template": self.config.template}
 
 
 def _cross_entropy(project: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -308,9 +273,10 @@ def _small_decoder(backbone: PreTrainedModel, layers: int) -> PreTrainedModel:
     return decoder
 
 
-def _fresh_backbone(folder: Path, name: str, dtype: str | torch.dtype) -> PreTrainedModel:
-    config = read_config(folder, name)
-    check_masked_lm(config, name)
+def _fresh_backbone(folder: Path, opening: Opening) -> PreTrainedModel:
+    config = read_config(folder, opening.name)
+    check_masked_lm(config, opening.name)
+    attention = {} if opening.attention is None else {"attn_implementation": opening.attention}
     with quiet_transformers():
-        model = AutoModelForMaskedLM.from_config(config)
-    return model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        model = auto_class("masked_lm").from_config(config, **attention)
+    return model.to(getattr(torch, opening.dtype) if isinstance(opening.dtype, str) else opening.dtype)

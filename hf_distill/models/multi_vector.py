@@ -5,38 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from transformers import AddedToken, AutoConfig, AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..distributed import gather_rows, max_over_processes
 from ..errors import InputError
 from ..losses.maxsim import maxsim, own_maxsim
-from . import layouts
-from .backbones import freeze_unused, plain_model
-from .base import RetrievalConfig, RetrievalModel
-from .candidates import arrange, take_rows
-from .dense import Kind
-from .layer_scores import LayerTokens, block_outputs, pad_tokens
-from .layouts import ProjectionLayout
-from .loading import choose_length, load_backbone, load_tokenizer, longest_input, quiet_transformers
+from .backbones import plain_model
+from .bi_encoder import BiEncoder, BiEncoderConfig, Both, Kind
+from .candidates import arrange
+from .layer_scores import LayerTokens, pad_tokens
+from .loading import longest_input
+from .markers import LEAD_MARKERS, LeadTextProcessor, choose_markers, register_markers
+from .opening import Opening
 from .processing import TextProcessor
 from .projections import Projections, projection_settings
-from .source import ModelSource, find_model
 from .token_layouts import PUNCTUATION, TokenLayout, fits_pylate, read_token_layout, write_native, write_pylate
 
 
 LAYOUTS = ("inserted", "lead")
-# Marker tokens of a new model: those that BERT's vocabulary has to spare, else new ones.
-_SPARE_MARKERS = ("[unused0]", "[unused1]")
-_NEW_MARKERS = ("[Q] ", "[D] ")
-_LEAD_MARKERS = ("[unused1]", "[unused2]")
 
 
-class MultiVectorConfig(RetrievalConfig):
+class MultiVectorConfig(BiEncoderConfig):
     """Settings of a [`MultiVectorRetriever`].
 
     Args:
@@ -64,7 +58,6 @@ class MultiVectorConfig(RetrievalConfig):
 
     query_marker: str = ""
     passage_marker: str = ""
-    passage_prompt: str = ""
     query_length: int = 32
     passage_length: int = 180
     query_expansion: int = 32
@@ -72,25 +65,20 @@ class MultiVectorConfig(RetrievalConfig):
     expansion_token: str | None = None
     skip_words: list | None = None
     normalize: bool = True
-    temperature: float = 1.0
     projection_dim: int | None = None
     projections: list | None = None
     layout: str = "inserted"
 
-
-@dataclass
-class TokenVectors:
-    """Vectors of the tokens of T texts, padded to one length.
-
-    Args:
-        vectors: Float32 `[T, L, D]`.
-        mask: Boolean `[T, L]`, the tokens that count.
-        layers: Float32 `[T, L, H]` each, the hidden states of the chosen layers.
-    """
-
-    vectors: torch.Tensor
-    mask: torch.Tensor
-    layers: tuple[torch.Tensor, ...] = ()
+    def check(self) -> None:
+        super().check()
+        if self.layout not in LAYOUTS:
+            raise InputError(f"layout is {self.layout!r}", cure=f"Choose one of {', '.join(LAYOUTS)}")
+        if not 0 <= self.query_expansion <= self.query_length:
+            raise InputError(
+                f"queries of at most {self.query_length} tokens cannot be filled up to {self.query_expansion}",
+                where="query_expansion",
+                cure="Choose 0 (none) to query_length",
+            )
 
 
 @dataclass
@@ -108,30 +96,16 @@ class MultiVectorOutput(ModelOutput):
     layers: tuple | None = None
 
 
-class LeadTextProcessor(TextProcessor):
-    """The reading of the original code of LEAD: a marker in the place of [CLS], queries cut without keeping [SEP]."""
-
-    markers: tuple[int, int] = (0, 0)
-
-    def queries(self, texts: Sequence[str]) -> list[list[int]]:
-        rows = self._single(texts, self.query_prompt, self.query_length + 1)
-        whole = self._single(texts, self.query_prompt, self.tokenizer.model_max_length)
-        # Cut text has lost its [SEP] there, text that fits has kept it.
-        cut = [full if len(full) <= self.query_length else row[:-1] for row, full in zip(rows, whole)]
-        return [[self.markers[0], *row[1:]] for row in cut]
-
-    def passages(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[self.markers[1], *row[1:]] for row in super().passages(texts)]
-
-    def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "layout": "lead", "markers": list(self.markers)}
-
-
-class MultiVectorRetriever(RetrievalModel):
+class MultiVectorRetriever(BiEncoder):
     """An encoder whose token vectors are compared by MaxSim.
 
     Khattab and Zaharia, "ColBERT: Efficient and Effective Passage Search via Contextualized Late Interaction over
-    BERT" (2020, https://arxiv.org/abs/2004.12832). Open one with [`MultiVectorRetriever.from_pretrained`].
+    BERT" (2020, https://arxiv.org/abs/2004.12832).
+
+    [`MultiVectorRetriever.from_pretrained`] opens a multi-vector model of PyLate, sentence-transformers or Stanford's
+    ColBERT, or makes one of any encoder, with a new projection (to be trained). Its options are fields of
+    [`MultiVectorConfig`] and `skip_punctuation` (leave punctuation out of passages). A new model has a projection to
+    128 dimensions, none with `projection_dim=0`.
 
     Args:
         config: The settings.
@@ -140,21 +114,23 @@ class MultiVectorRetriever(RetrievalModel):
     """
 
     config_class = MultiVectorConfig
+    archetype = "multi-vector"
     representation = "tokens"
+    known_settings = (
+        "query_marker", "passage_marker", "query_prompt", "passage_prompt", "query_length", "passage_length",
+        "query_expansion", "attend_to_expansion", "expansion_token", "skip_words", "skip_punctuation", "normalize",
+        "temperature", "projection_dim", "layout", "template",
+    )  # fmt: skip
+    recorded_settings = ("temperature", "template")
+    # The vectors of tokens, which of them count, and the tokens in each layer.
+    token_dims = (1,)
 
     def __init__(self, config: MultiVectorConfig, backbone: PreTrainedModel | None = None, tokenizer: Any = None):
-        super().__init__(config, tokenizer)
-        if backbone is None:
-            backbone = AutoModel.from_config(AutoConfig.for_model(**config.backbone))
-        self.backbone = backbone
-        freeze_unused(plain_model(backbone))
-        config.hidden_size = width = plain_model(backbone).config.hidden_size
+        super().__init__(config, backbone, tokenizer)
         config.skip_words = list(config.skip_words or [])
-        config.projections = projection_settings(config.projections, width, config.projection_dim)
+        config.projections = projection_settings(config.projections, config.hidden_size, config.projection_dim)
         self.projections = Projections(config.projections)
         config.projection_dim = config.projections[-1]["out_features"] if config.projections else 0
-        config.backbone = plain_model(backbone).config.to_dict()
-        _check_settings(config)
         self._skipped, self._fill = [], None
         if tokenizer is not None:
             self._read_tokenizer(tokenizer)
@@ -185,53 +161,14 @@ class MultiVectorRetriever(RetrievalModel):
             )
 
     @classmethod
-    def from_pretrained(  # noqa: D417 - overrides are described as one
-        cls,
-        pretrained_model_name_or_path: str | Path | ModelSource,
-        *,
-        revision: str | None = None,
-        dtype: str | torch.dtype = "float32",
-        attn_implementation: str | None = None,
-        **overrides: Any,
-    ) -> MultiVectorRetriever:
-        """Opens a multi-vector model of PyLate, sentence-transformers or Stanford's ColBERT, or makes one of any
-        encoder, with a new projection (to be trained).
-
-        Args:
-            pretrained_model_name_or_path: The folder or Hub id.
-            revision: Branch, tag or commit on the Hub.
-            dtype: The weights' precision; float32 unless said otherwise, whatever the checkpoint's is.
-            attn_implementation: Fixes the attention; by default it is chosen by device and mode.
-            overrides: Fields of [`MultiVectorConfig`] that replace what the checkpoint says, and `skip_punctuation`
-                (leave punctuation out of passages). A new model has a projection to 128 dimensions, none with
-                `projection_dim=0`.
-
-        Raises:
-            InputError: If the model cannot be found, read, or run as a multi-vector model.
-        """
-        unknown = set(overrides) - set(_SETTINGS)
-        if unknown:
-            raise InputError(
-                f"unknown settings {sorted(unknown)}",
-                where="MultiVectorRetriever.from_pretrained",
-                cure=f"Known are {', '.join(_SETTINGS)}",
-            )
-        overrides = {key: value for key, value in overrides.items() if value is not None}
-        source = find_model(pretrained_model_name_or_path, revision)
-        name = source.name
-        layout = read_token_layout(source.folder, name)
-        backbone = load_backbone(layout.folder, name, dtype, attention=attn_implementation)
-        tokenizer = load_tokenizer(layout.folder, name, backbone, layout.lowercase)
-        layout = _with_inline_projection(layout)
-        config = _config_of(layout, backbone, tokenizer, overrides, name)
-        config.name_or_path = name
-        _register_markers(backbone, tokenizer, (config.query_marker, config.passage_marker))
-        model = cls(config, backbone, tokenizer)
+    def _open(cls, opening: Opening) -> Self:
+        layout = read_token_layout(opening.folder, opening.name)
+        backbone, tokenizer = opening.tower(layout)
+        config = MultiVectorConfig(**_settings_of(layout, backbone, tokenizer, opening))
+        register_markers(backbone, tokenizer, (config.query_marker, config.passage_marker))
+        model = cls(config, backbone, tokenizer).to(backbone.dtype)
         model.projections.fill(layout.projections)
-        model.to(backbone.dtype)
-        model.source = source
-        model.attention_is_fixed = attn_implementation is not None
-        return model.eval()
+        return model
 
     @property
     def token_size(self) -> int:
@@ -239,27 +176,16 @@ class MultiVectorRetriever(RetrievalModel):
         return self.projections[-1].out_features if len(self.projections) else self.config.hidden_size
 
     def processor(self) -> TextProcessor:
-        config = self.config
-        settings = {
-            "tokenizer": self.tokenizer,
-            "kind": "bi",
-            "query_length": config.query_length,
-            "passage_length": config.passage_length,
-            "template": config.template,
-        }
+        config, plain = self.config, super().processor()
+        markers = (config.query_marker, config.passage_marker)
         if config.layout == "lead":
-            processor = LeadTextProcessor(
-                **settings, query_prompt=config.query_prompt, passage_prompt=config.passage_prompt
-            )
-            processor.markers = tuple(
-                self.tokenizer.convert_tokens_to_ids(marker) for marker in (config.query_marker, config.passage_marker)
-            )
-            return processor
-        return TextProcessor(
-            **settings,
-            query_prompt=config.query_marker + config.query_prompt,
-            passage_prompt=config.passage_marker + config.passage_prompt,
-        )
+            ids = tuple(self.tokenizer.convert_tokens_to_ids(marker) for marker in markers)
+            return LeadTextProcessor(**vars(plain), markers=ids)
+        prompts = {
+            "query_prompt": markers[0] + plain.query_prompt,
+            "passage_prompt": markers[1] + plain.passage_prompt,
+        }
+        return replace(plain, **prompts)
 
     def settings(self) -> dict[str, Any]:
         config = self.config
@@ -288,12 +214,16 @@ class MultiVectorRetriever(RetrievalModel):
             attention = attention.masked_fill(filled, 1)
         return {"input_ids": ids.masked_fill(filled, self._fill), "attention_mask": attention}, counted
 
+    def seen(self, chunk: Mapping[str, torch.Tensor], kind: Kind) -> Mapping[str, torch.Tensor]:
+        return self.expanded(chunk)[0] if kind == "query" else chunk
+
     def encode(
         self,
         chunk: Mapping[str, torch.Tensor],
         kind: Kind,
         embeddings: torch.Tensor | None = None,
         layers: Sequence[int] = (),
+        layer_tokens: bool = False,
     ) -> tuple[torch.Tensor, ...]:
         """Token vectors of one padded chunk.
 
@@ -303,6 +233,7 @@ class MultiVectorRetriever(RetrievalModel):
             embeddings: The word embeddings `[t, l, H]` of the chunk (of queries: of the filled one), where they are
                 known already.
             layers: Numbers of layers, from 1, whose hidden states are wanted too.
+            layer_tokens: As in other retrievers; here a layer always is its tokens.
 
         Returns:
             Float32 `[t, l, D]`, the boolean mask `[t, l]` of the tokens that count, and float32 `[t, l, H]` for each
@@ -316,50 +247,17 @@ class MultiVectorRetriever(RetrievalModel):
                 skipped = torch.tensor(self._skipped, device=counted.device)
                 counted = counted & ~torch.isin(chunk["input_ids"], skipped)
         inputs = self._inputs(self.backbone, chunk, embeddings)
-        with block_outputs(self.blocks if layers else (), layers) as found:
+        with self._watched(self.backbone, layers) as found:
             vectors = self.backbone(**inputs).last_hidden_state
         vectors = self.projections(vectors).float()
         if self.config.normalize:
             vectors = F.normalize(vectors, dim=-1)
         return vectors, counted, *(found[number].float() for number in layers)
 
-    def forward(
-        self,
-        query: Mapping[str, Any] | None = None,
-        passage: Mapping[str, Any] | None = None,
-        layers: Sequence[int] = (),
-        layer_tokens: bool = False,
-    ) -> MultiVectorOutput:
-        """Token vectors of a batch of queries and a batch of passages, in one call.
-
-        Args:
-            query: A token batch: `chunks`, each with `input_ids` and `attention_mask` `[t_i, l_i]`, and `inverse`
-                `[T]`, which restores the order of the texts.
-            passage: The same for passages.
-            layers: Numbers of layers, from 1, whose hidden states are wanted too.
-            layer_tokens: As in other retrievers; here a layer always is its tokens.
-        """
-        batches = {kind: batch for kind, batch in (("query", query), ("passage", passage)) if batch is not None}
-        seen = [
-            self.expanded(chunk)[0] if kind == "query" else chunk
-            for kind, batch in batches.items()
-            for chunk in batch["chunks"]
-        ]
-        embeddings = iter(self._embedded(self.backbone, seen))
-        found: dict[str, TokenVectors] = {}
-        for kind, batch in batches.items():
-            parts = [
-                self._maybe_recompute(self.encode, chunk, kind, next(embeddings), layers) for chunk in batch["chunks"]
-            ]
-            longest = max(part[1].shape[1] for part in parts)
-            padded = [[pad_tokens(one, longest, 1) for one in part] for part in parts]
-            vectors, mask, *of_layers = (take_rows(torch.cat(same), batch["inverse"]) for same in zip(*padded))
-            found[kind] = TokenVectors(vectors, mask, tuple(of_layers))
-        both = [found.get("query"), found.get("passage")]
-        return MultiVectorOutput(
-            *(None if one is None else (one.vectors, one.mask) for one in both),
-            layers=tuple(None if one is None else one.layers for one in both) if layers else None,
-        )
+    def _output(self, found: list[Both]) -> MultiVectorOutput:
+        vectors, masks, *of_layers = found
+        sides = (None if mask is None else (vector, mask) for vector, mask in zip(vectors, masks))
+        return MultiVectorOutput(*sides, layers=tuple(zip(*of_layers)) or None)
 
     def batch_scores(self, output: Any, batch: Mapping[str, Any], candidates: str) -> torch.Tensor:
         vectors = arrange(output.query[0], output.passage[0], batch)
@@ -379,26 +277,17 @@ class MultiVectorRetriever(RetrievalModel):
     # --------------------------------------------------------------------------------------------------- saving
 
     def check_export(self) -> None:
-        check_exportable(self.config)
-
-    def save_pretrained(self, *arguments: Any, **options: Any) -> None:
-        """Writes the native folder: PyLate's layout where it fits, else that of sentence-transformers 6.
-
-        Raises:
-            InputError: For the layout of LEAD, which no library opens.
-        """
-        self.check_export()
-        super().save_pretrained(*arguments, **options)
+        if self.config.layout == "lead":
+            raise InputError(
+                "a model that replaces [CLS] by its markers has no layout that other libraries read",
+                where="layout",
+                cure="Train with layout 'inserted' to export; 'lead' is for comparing with the original code",
+            )
 
     def _export(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
-        config = self.config
-        projections = self.projections.exported("projections", state)
         self._save_tower("backbone", folder, state)
-        (write_pylate if fits_pylate(config) else write_native)(folder, config, projections)
-        layouts.write_json(
-            folder / layouts.EXTRA_FILE,
-            {"archetype": "multi-vector", "temperature": config.temperature, "template": config.template},
-        )
+        write = write_pylate if fits_pylate(self.config) else write_native
+        write(folder, self.config, self.projections.exported("projections", state))
 
     def _restore(self, folder: Path) -> None:
         layout = read_token_layout(folder, str(folder))
@@ -439,134 +328,46 @@ def _gather_tokens(vectors: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Ten
     return gather_rows(pad_tokens(vectors, longest, 1)), gather_rows(pad_tokens(mask, longest, 1))
 
 
-def check_exportable(config: MultiVectorConfig) -> None:
-    """Raises [`InputError`] for a model that cannot be written so that other libraries read it the same way."""
-    if config.layout == "lead":
-        raise InputError(
-            "a model that replaces [CLS] by its markers has no layout that other libraries read",
-            where="layout",
-            cure="Train with layout 'inserted' to export; 'lead' is for comparing with the original code",
-        )
+def _settings_of(layout: TokenLayout, backbone: PreTrainedModel, tokenizer: Any, opening: Opening) -> dict[str, Any]:
+    """The settings that a layout and the user's wishes make."""
+    wanted = dict(opening.wanted)
+    lead = wanted.get("layout") == "lead"
+    skip_punctuation = wanted.pop("skip_punctuation", None)
+    if skip_punctuation is not None:
+        wanted["skip_words"] = list(PUNCTUATION) if skip_punctuation else []
+    found: dict[str, Any] = {
+        "skip_words": list(layout.skip_words),
+        "normalize": layout.normalize,
+        "attend_to_expansion": layout.attend or lead,
+        "expansion_token": layout.expansion_token,
+        **_projections_of(layout, wanted.pop("projection_dim", None), opening.name),
+    }
+    for option in MultiVectorRetriever.recorded_settings:
+        if getattr(layout, option) is not None:
+            found[option] = getattr(layout, option)
+    markers, prompts = (LEAD_MARKERS, layout.prompts) if lead else choose_markers(layout, tokenizer)
+    recorded = (layout.query_length or 32, layout.passage_length or 180)
+    for kind, marker, prompt, length in zip(("query", "passage"), markers, prompts, recorded):
+        found[f"{kind}_marker"], found[f"{kind}_prompt"] = marker, prompt
+        found[f"{kind}_length"] = opening.length(f"{kind}_length", length, backbone, tokenizer)
+    expansion = layout.expansion
+    if expansion is None or (expansion and expansion == layout.query_length):
+        # The usual width is that of the queries, also of queries that were given another length.
+        expansion = found["query_length"]
+    if tokenizer.padding_side == "left" and not layout.is_multi_vector:
+        expansion = 0
+    return {**found, "query_expansion": expansion, **wanted}
 
 
-# ------------------------------------------------------------------------------------------------------- opening
-
-_SETTINGS = (
-    "query_marker", "passage_marker", "query_prompt", "passage_prompt", "query_length", "passage_length",
-    "query_expansion", "attend_to_expansion", "expansion_token", "skip_words", "skip_punctuation", "normalize",
-    "temperature", "projection_dim", "layout", "template",
-)  # fmt: skip
-
-
-def _check_settings(config: MultiVectorConfig) -> None:
-    if config.layout not in LAYOUTS:
-        raise InputError(f"layout is {config.layout!r}", cure=f"Choose one of {', '.join(LAYOUTS)}")
-    if not config.temperature > 0:
-        raise InputError(f"temperature is {config.temperature}", cure="Choose a positive number")
-    if not 0 <= config.query_expansion <= config.query_length:
-        raise InputError(
-            f"queries of at most {config.query_length} tokens cannot be filled up to {config.query_expansion}",
-            where="query_expansion",
-            cure="Choose 0 (none) to query_length",
-        )
-
-
-def _config_of(
-    layout: TokenLayout, backbone: PreTrainedModel, tokenizer: Any, overrides: dict[str, Any], name: str
-) -> MultiVectorConfig:
-    """The configuration that a layout and the user's overrides make."""
-    lead = overrides.get("layout") == "lead"
-    settings = dict(overrides)
-    if settings.pop("skip_punctuation", None):
-        settings["skip_words"] = list(PUNCTUATION)
-    elif overrides.get("skip_punctuation") is False:
-        settings["skip_words"] = []
-    wanted = settings.pop("projection_dim", None)
-    have = layout.projections[-1].out_features if layout.projections else 0 if layout.is_multi_vector else None
-    if wanted is not None and have is not None and wanted != have:
+def _projections_of(layout: TokenLayout, wanted: int | None, name: str) -> dict[str, Any]:
+    """The projections of a layout, or that of a new model as wide as wanted."""
+    if not layout.projections and not layout.is_multi_vector:
+        return {"projection_dim": 128 if wanted is None else wanted}
+    have = layout.projections[-1].out_features if layout.projections else 0
+    if wanted not in (None, have):
         raise InputError(
             f"projection_dim is {wanted}, but the model has {have or 'no projection'}",
             where=name,
             cure="Leave projection_dim out, or start from a model without a Dense module",
         )
-    settings.setdefault("skip_words", list(layout.skip_words))
-    settings.setdefault("normalize", layout.normalize)
-    for option in ("template", "temperature"):
-        if getattr(layout, option) is not None:
-            settings.setdefault(option, getattr(layout, option))
-    markers, prompts = layout.markers, layout.prompts
-    if lead:
-        markers = _LEAD_MARKERS
-    elif markers is None:
-        markers, prompts = _markers_of(layout, tokenizer)
-    for kind, marker, prompt, recorded in zip(
-        ("query", "passage"), markers, prompts, (layout.query_length, layout.passage_length)
-    ):
-        settings.setdefault(f"{kind}_marker", marker)
-        settings.setdefault(f"{kind}_prompt", prompt)
-        usual = recorded or {"query": 32, "passage": 180}[kind]
-        limit = longest_input(backbone)
-        option = f"{kind}_length"
-        settings[option] = choose_length(
-            settings.get(option), usual if limit is None else min(usual, limit), tokenizer, backbone, name, option
-        )
-    expansion = layout.expansion
-    if expansion is None or (expansion and expansion == layout.query_length):
-        # The usual width is that of the queries, also of queries that were given another length.
-        expansion = settings["query_length"]
-    if tokenizer.padding_side == "left" and not layout.is_multi_vector:
-        expansion = 0
-    settings.setdefault("query_expansion", expansion)
-    settings.setdefault("attend_to_expansion", layout.attend or lead)
-    settings.setdefault("expansion_token", layout.expansion_token)
-    if layout.projections:
-        settings["projections"] = [projection.settings() for projection in layout.projections]
-    elif layout.is_multi_vector:
-        settings["projection_dim"] = 0
-    else:
-        settings["projection_dim"] = 128 if wanted is None else wanted
-    return MultiVectorConfig(**settings)
-
-
-def _markers_of(layout: TokenLayout, tokenizer: Any) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Markers and prompts where the folder does not tell them apart, or of a new model."""
-    if not layout.is_multi_vector:
-        vocabulary = tokenizer.get_vocab()
-        spare = all(marker in vocabulary for marker in _SPARE_MARKERS)
-        return (_SPARE_MARKERS if spare else _NEW_MARKERS), ("", "")
-    added = set(tokenizer.get_added_vocab())
-    found = [tokenizer.tokenize(prompt) for prompt in layout.prompts]
-    if all(len(pieces) == 1 and pieces[0] in added for pieces in found):
-        return layout.prompts, ("", "")
-    return ("", ""), layout.prompts
-
-
-def _register_markers(backbone: PreTrainedModel, tokenizer: Any, markers: tuple[str, str]) -> None:
-    """Makes every marker one token that text cannot split, and gives new ones an embedding."""
-    vocabulary = tokenizer.get_vocab()
-    wanted = []
-    for marker in markers:
-        # Stanford's markers stand in the text with a space after them, which belongs to no token.
-        token = marker if marker in vocabulary or marker.strip() not in vocabulary else marker.strip()
-        if token and tokenizer.tokenize(token) != [token]:
-            wanted.append(AddedToken(token, normalized=False, special=True))
-    if wanted:
-        tokenizer.add_special_tokens({"additional_special_tokens": wanted}, replace_extra_special_tokens=False)
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= backbone.get_input_embeddings().num_embeddings:
-        with quiet_transformers():
-            backbone.resize_token_embeddings(largest + 1, mean_resizing=False)
-
-
-def _with_inline_projection(layout: TokenLayout) -> TokenLayout:
-    """The layout with the projection that stands beside the transformer's weights, in Stanford's checkpoints."""
-    if not layout.inline_projection:
-        return layout
-    from safetensors import safe_open
-
-    path = layout.folder / "model.safetensors"
-    if not path.is_file():
-        raise InputError("the folder holds no model.safetensors", where=str(layout.folder), cure="Download it again")
-    with safe_open(path, "pt") as weights:
-        width, hidden = weights.get_slice("linear.weight").get_shape()
-    return replace(layout, projections=(ProjectionLayout(hidden, width, bias=False, folder=layout.folder),))
+    return {"projections": [projection.settings() for projection in layout.projections]}

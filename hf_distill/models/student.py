@@ -79,10 +79,7 @@ def student_from(
 
 # Archetypes by the kind of a layout.
 _ARCHETYPES: dict[str, type[RetrievalModel]] = {
-    "dense": DenseRetriever,
-    "cross-encoder": CrossEncoderRanker,
-    "lexical": LexicalRetriever,
-    "multi-vector": MultiVectorRetriever,
+    model.archetype: model for model in (DenseRetriever, CrossEncoderRanker, LexicalRetriever, MultiVectorRetriever)
 }
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import read_json, write_json
-from . import layouts
+from . import layouts, writing
 from .layouts import ProjectionLayout
+from .loading import read_weights
 
 
 PUNCTUATION = tuple(string.punctuation)
-_MODULES = "sentence_transformers.models."
 _NATIVE = {
     "Transformer": "sentence_transformers.base.modules.transformer.Transformer",
     "Dense": "sentence_transformers.base.modules.dense.Dense",
@@ -36,7 +36,6 @@ class TokenLayout:
     Attributes:
         folder: Of the transformer.
         projections: The linear layers on token vectors.
-        inline_projection: Their weight stands as `linear.weight` beside the transformer's (Stanford's layout).
         is_multi_vector: False for a model that is yet to become one.
         prompts: Text before queries and passages, markers included.
         markers: Its marker tokens, where the folder tells them from prompts.
@@ -48,7 +47,6 @@ class TokenLayout:
 
     folder: Path
     projections: tuple[ProjectionLayout, ...] = ()
-    inline_projection: bool = False
     is_multi_vector: bool = True
     prompts: tuple[str, str] = ("", "")
     markers: tuple[str, str] | None = None
@@ -141,7 +139,7 @@ def _read_stanford(folder: Path, name: str, extra: dict[str, Any]) -> TokenLayou
     length = metadata.get("query_maxlen") or 32
     return TokenLayout(
         folder,
-        inline_projection=True,
+        projections=(_inline_projection(folder, name),),
         markers=(metadata.get("query_token_id") or "[unused0]", metadata.get("doc_token_id") or "[unused1]"),
         query_length=length,
         passage_length=metadata.get("doc_maxlen") or _PYLATE_LENGTHS["document_length"],
@@ -150,6 +148,15 @@ def _read_stanford(folder: Path, name: str, extra: dict[str, Any]) -> TokenLayou
         skip_words=PUNCTUATION if metadata.get("mask_punctuation", True) else (),
         **extra,
     )
+
+
+def _inline_projection(folder: Path, name: str) -> ProjectionLayout:
+    """The projection of Stanford's checkpoints, whose weight stands as `linear.weight` beside the transformer's."""
+    weight = read_weights(folder).get("linear.weight")
+    if weight is None:
+        raise InputError("the checkpoint lacks the weight 'linear.weight', its projection", where=name)
+    width, hidden = weight.shape
+    return ProjectionLayout(hidden, width, bias=False, folder=folder)
 
 
 def _read_modules(folder: Path, name: str) -> tuple[Path, tuple[ProjectionLayout, ...], list[str] | None, bool]:
@@ -198,12 +205,13 @@ def write_pylate(folder: Path, config: Any, projections: list) -> None:
         config: A [`MultiVectorConfig`] that [`fits_pylate`].
         projections: Pairs of [`ProjectionLayout`] and the tensors `linear.weight` (and `linear.bias`).
     """
-    entries = [("", f"{_MODULES}Transformer")]
+    entries = [("", "Transformer")]
     for number, projection in enumerate(projections, start=1):
-        entries.append((_write_dense(folder, number, *projection), "pylate.models.Dense.Dense"))
-    _write_modules(folder, entries)
-    layouts.write_lengths(folder, config.passage_length, config.passage_length)
-    layouts.write_settings(
+        path = writing.write_dense(folder, f"{number}_Dense", *projection)
+        entries.append((path, "pylate.models.Dense.Dense"))
+    writing.write_modules(folder, entries)
+    writing.write_lengths(folder, config.passage_length, config.passage_length)
+    writing.write_settings(
         folder,
         "ColBERT",
         {},
@@ -234,7 +242,7 @@ def write_native(folder: Path, config: Any, projections: list) -> None:
     """Writes what stands beside the transformer in sentence-transformers 6's own layout; see [`write_pylate`]."""
     entries = [("", _NATIVE["Transformer"])]
     for number, projection in enumerate(projections, start=1):
-        path = _write_dense(folder, number, *projection, module_input_name="token_embeddings")
+        path = writing.write_dense(folder, f"{number}_Dense", *projection, module_input_name="token_embeddings")
         entries.append((path, _NATIVE["Dense"]))
     path = f"{len(entries)}_MultiVectorMask"
     write_json(
@@ -245,7 +253,7 @@ def write_native(folder: Path, config: Any, projections: list) -> None:
         path = f"{len(entries)}_Normalize"
         write_json(folder / path / "config.json", {"module_input_name": "token_embeddings"})
         entries.append((path, _NATIVE["Normalize"]))
-    _write_modules(folder, entries)
+    writing.write_modules(folder, entries)
     lengths: dict[str, Any] = {"module_output_name": "token_embeddings", "document_length": config.passage_length}
     if config.query_expansion:
         lengths["query_expansion"] = {
@@ -267,27 +275,4 @@ def write_native(folder: Path, config: Any, projections: list) -> None:
         "query": config.query_marker + config.query_prompt,
         "document": config.passage_marker + config.passage_prompt,
     }
-    layouts.write_settings(folder, "MultiVectorEncoder", prompts, similarity_fn_name="maxsim")
-
-
-def _write_modules(folder: Path, entries: list[tuple[str, str]]) -> None:
-    write_json(
-        folder / "modules.json",
-        [{"idx": n, "name": str(n), "path": path, "type": kind} for n, (path, kind) in enumerate(entries)],
-    )
-
-
-def _write_dense(folder: Path, number: int, layout: ProjectionLayout, tensors: dict, **more: Any) -> str:
-    from safetensors.torch import save_file
-
-    path = f"{number}_Dense"
-    config = {
-        "in_features": layout.in_features,
-        "out_features": layout.out_features,
-        "bias": layout.bias,
-        "activation_function": layouts.ACTIVATIONS[layout.activation],
-        **more,
-    }
-    write_json(folder / path / "config.json", config)
-    save_file(tensors, folder / path / "model.safetensors", metadata={"format": "pt"})
-    return path
+    writing.write_settings(folder, "MultiVectorEncoder", prompts, similarity_fn_name="maxsim")
