@@ -137,12 +137,21 @@ class RetrievalModel(NativeModel):
     # -------------------------------------------------------------------------------------------------- running
 
     def train(self, mode: bool = True) -> RetrievalModel:
-        """Sets training or inference mode; on a CPU this also chooses the attention that is fastest there."""
+        """Sets training or inference mode; on a CPU this also chooses the attention that is fastest there.
+
+        In training that depends on precision too, which is known when a batch comes.
+        """
         super().train(mode)
         self._drops = mode and has_dropout(self)
         if not mode:
             self._attend("sdpa")
         return self
+
+    def _attend_for_training(self) -> None:
+        # On CPUs the backward pass of PyTorch's fused attention is slow in half precision, a tenth of the eager one's
+        # speed, and dropout keeps it from being fused; in float32 without dropout it is the faster one.
+        precise = self.dtype == torch.float32 and not torch.is_autocast_enabled(self.device.type)
+        self._attend("sdpa" if precise and not self._drops else "eager")
 
     def _attend(self, implementation: str) -> None:
         usual = all(plain_model(tower).config._attn_implementation in _USUAL for tower in self.towers.values())
@@ -174,10 +183,7 @@ class RetrievalModel(NativeModel):
     def _maybe_recompute(self, function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
         if not self.training:
             return function(*arguments)
-        # On CPUs the backward pass of PyTorch's fused attention is slow in half precision, a tenth of the eager one's
-        # speed, and dropout keeps it from being fused; in float32 without dropout it is the faster one.
-        precise = self.dtype == torch.float32 and not torch.is_autocast_enabled(self.device.type)
-        self._attend("sdpa" if precise and not self._drops else "eager")
+        self._attend_for_training()
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(_recomputed, function, *arguments, use_reentrant=False, preserve_rng_state=True)
         return _train(function, *arguments)

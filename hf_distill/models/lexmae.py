@@ -190,6 +190,8 @@ class LexMAEForPreTraining(RetrievalModel):
 
         Vocabulary logits are made only where there is a label, and a few texts at a time for the bottleneck.
         """
+        if self.training:
+            self._attend_for_training()
         head = self.backbone.get_output_embeddings()
         with replaced_forward(head, lambda hidden: hidden):
             output = self.backbone(
