@@ -101,9 +101,7 @@ def test_refusals(linear, tiny_tokenizer, tiny_bert, tmp_path):
     with pytest.raises(InputError, match="'square' is no head.*full or linear"):
         make(tiny_bert, head="square")
     ranker = save_tiny(tmp_path / "ranker", "bert", tiny_tokenizer, head="SequenceClassification", num_labels=1)
-    with pytest.raises(
-        InputError, match="should be linear, but the model was trained with a full one.*Leave"
-    ):
+    with pytest.raises(InputError, match="should be linear, but the model was trained with a full one.*Leave"):
         make(ranker, head="linear")
     linear.save_pretrained(tmp_path / "saved")
     with pytest.raises(InputError, match="should be full, but the model was trained with a linear one"):
