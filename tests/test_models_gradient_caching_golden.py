@@ -33,8 +33,6 @@ class Tower(nn.Module):
 class Towers(nn.Module):
     """One or two towers that encode in chunks, each recomputed in the backward pass as `RetrievalModel` does it."""
 
-    dtype, device, _drops = torch.float32, torch.device("cpu"), False
-
     def __init__(self, golden, tag):
         super().__init__()
         weights = {key.removeprefix(f"{tag}.W."): golden[key] for key in golden.files if key.startswith(f"{tag}.W.")}
@@ -42,7 +40,7 @@ class Towers(nn.Module):
         self.lm_p = Tower(weights, "lm_p") if tag == "untied" else self.lm_q
         self.recompute = False
 
-    def _attend(self, implementation):
+    def _attend_for_training(self):
         """There is no attention to choose."""
 
     def forward(self, queries, passages, chunks):

@@ -178,6 +178,13 @@ class LexMAEForPreTraining(RetrievalModel):
             )
         return self
 
+    def train(self, mode: bool = True) -> LexMAEForPreTraining:
+        """Sets training or inference mode, and the attention that is fastest for it on a CPU."""
+        super().train(mode)
+        if mode:
+            self._attend("eager")
+        return self
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -190,8 +197,6 @@ class LexMAEForPreTraining(RetrievalModel):
 
         Vocabulary logits are made only where there is a label, and a few texts at a time for the bottleneck.
         """
-        if self.training:
-            self._attend_for_training()
         head = self.backbone.get_output_embeddings()
         with replaced_forward(head, lambda hidden: hidden):
             output = self.backbone(
