@@ -171,18 +171,14 @@ class LexMAEForPreTraining(RetrievalModel):
         return {"decoder_layers": self.config.decoder_layers, "bottleneck": self.config.bottleneck}
 
     def train(self, mode: bool = True) -> LexMAEForPreTraining:
+        """Sets training or inference mode, and on a CPU the attention that is fastest for it, also in the decoder."""
         super().train(mode)
+        if mode:
+            self._attend("eager")
         if "decoder" in self.training_modules:
             self.training_modules["decoder"].set_attn_implementation(
                 plain_model(self.backbone).config._attn_implementation
             )
-        return self
-
-    def train(self, mode: bool = True) -> LexMAEForPreTraining:
-        """Sets training or inference mode, and the attention that is fastest for it on a CPU."""
-        super().train(mode)
-        if mode:
-            self._attend("eager")
         return self
 
     def forward(
