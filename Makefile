@@ -23,7 +23,7 @@ $(VENV)/.test: $(VENV)/.demo
 	@$(INSTALL) -e ".[demo,test]"
 	@touch $@
 
-demo: $(VENV)/.demo  ## Distil a small retriever from a real teacher, and compare (about ten minutes on two cores)
+demo: $(VENV)/.demo  ## Distil a small retriever from a real teacher, and compare (about twelve minutes on two cores)
 	$(BIN)/hf-distill demo
 
 test: $(VENV)/.test  ## Run the whole test suite, offline
