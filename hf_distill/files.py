@@ -10,7 +10,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +83,31 @@ def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             if temporary.is_dir():
-                if target.exists():
-                    shutil.rmtree(target)
+                _replace_folder(temporary, target)
             else:
                 with open(temporary, "rb") as file:
                     os.fsync(file.fileno())
-            os.replace(temporary, target)
+                os.replace(temporary, target)
     finally:
         _remove(temporary)
+
+
+def _replace_folder(temporary: Path, target: Path) -> None:
+    # A folder takes the place of an empty one or of none. Another process may put its own there in between: the last
+    # one stays.
+    aside = _temporary_name(target)
+    try:
+        while True:
+            with suppress(FileNotFoundError):
+                os.replace(target, aside)
+            try:
+                return os.replace(temporary, target)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            _remove(aside)
+    finally:
+        _remove(aside)
 
 
 @contextmanager

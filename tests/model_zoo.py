@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,19 @@ def batch_of(processor: Any, features: list[list[int]], chunks: int, types: list
         rows = part.tolist()
         parts.append(processor.pad([features[row] for row in rows], [types[row] for row in rows] if types else None))
     return {"chunks": parts, "inverse": inverse}
+
+
+def tokenizer_of_words(vocab: Sequence[str]) -> Any:
+    """A tokenizer of golden cases: every word of the list is its place there, pairs are joined as BERT does."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: number for number, word in enumerate(vocab)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    specials = [("[CLS]", words["[CLS]"]), ("[SEP]", words["[SEP]"])]
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=specials
+    )
+    names = {f"{name.lower()}_token": f"[{name}]" for name in ("PAD", "UNK", "CLS", "SEP", "MASK")}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **names)

@@ -11,6 +11,8 @@ import pytest
 from hf_distill.data import Corpus, Queries, RetrievalCollator, RowSet, Run, TrainingRows
 from hf_distill.models.processing import TextProcessor
 
+from .model_zoo import tokenizer_of_words
+
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -23,18 +25,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def tokenizer(golden):
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: number for number, word in enumerate(golden["vocab"].tolist())}
-    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    specials = [("[CLS]", words["[CLS]"]), ("[SEP]", words["[SEP]"])]
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=specials
-    )
-    names = {f"{name.lower()}_token": f"[{name}]" for name in ("PAD", "UNK", "CLS", "SEP", "MASK")}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **names)
+    return tokenizer_of_words(golden["vocab"].tolist())
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from hf_distill.errors import InputError
 from hf_distill.models import CrossEncoderRanker, DenseRetriever, MultiVectorRetriever, load_model, student_from
 
-from .model_zoo import TEXTS, save_tiny, tokenizer_for
+from .model_zoo import TEXTS, save_tiny, tokenizer_for, tokenizer_of_words
 
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -238,20 +238,9 @@ def test_queries_are_filled_up(tiny_bert):
 @pytest.fixture
 def original() -> tuple[dict, Any]:
     """The golden inputs of LEAD's own loader, and a tokenizer of their vocabulary."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
     with np.load(GOLDEN / "lead_inputs.npz") as arrays:
         golden = {key: arrays[key] for key in arrays.files}
-    words = {word: number for number, word in enumerate(golden["vocab"].tolist())}
-    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    specials = [("[CLS]", words["[CLS]"]), ("[SEP]", words["[SEP]"])]
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=specials
-    )
-    names = {f"{name.lower()}_token": f"[{name}]" for name in ("PAD", "UNK", "CLS", "SEP", "MASK")}
-    return golden, PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **names)
+    return golden, tokenizer_of_words(golden["vocab"].tolist())
 
 
 def original_passages(golden: dict) -> list[str]:

@@ -139,7 +139,7 @@ def test_killed_in_the_middle_the_result_is_the_same(micro, encoder, tmp_path):
     folders = [tmp_path / name / "out" for name in ("whole", "killed")]
     for folder, kills in zip(folders, (0, 3)):
         words = command(
-            "lexmae", "smoke", folder, f"data={micro}", f"encoder={encoder}", "pretraining_steps=12", until="stage_1"
+            "lexmae", "smoke", folder, f"data={micro}", f"encoder={encoder}", "pretraining_steps=40", until="stage_1"
         )
         cache = {**environment, "HF_DISTILL_CACHE": str(folder.parent / "cache")}
         run_with_kills(words, cache, folder, kills, seed=1)

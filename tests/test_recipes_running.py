@@ -145,6 +145,20 @@ def test_a_failing_stage_says_its_last_words_and_goes_on_later(start):
     assert starts(run) == {"rows": 1, "ranker": 1, "scored": 1, "figures": 1}
 
 
+def test_killed_right_after_a_stage_began_it_goes_on(start, tmp_path, monkeypatch):
+    def begins_and_is_killed(words, log, started, says):
+        folder = tmp_path / "out/stages/rows"
+        folder.mkdir(parents=True)
+        (folder / ".lock").touch()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(processes, "run_words", begins_and_is_killed)
+        with pytest.raises(KeyboardInterrupt):
+            start()
+    assert starts(start())["rows"] == 2
+
+
 def test_a_foreign_folder_is_not_touched(start, tmp_path):
     folder = tmp_path / "out/stages/ranker"
     folder.mkdir(parents=True)

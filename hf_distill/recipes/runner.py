@@ -256,7 +256,7 @@ class RecipeRun:
         write_text(config, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
         words = processes.verb_command(stage.kind.verb, config, stage.launch)
         earlier, begin = record.seconds, time.monotonic()
-        record.status, record.starts = RUNNING, record.starts + 1
+        record.status, record.starts, record.process = RUNNING, record.starts + 1, None
 
         def started(process: int) -> None:
             record.process = process
@@ -266,6 +266,8 @@ class RecipeRun:
             record.seconds = earlier + time.monotonic() - begin
             board.says(line)
 
+        # Before the command writes anything: what lies in a stage's folder is known by its record.
+        self.workspace.save(record)
         board.begins(name, " ".join(["hf-distill", *words]))
         code = processes.run_words(words, log, started, says)
         record.seconds = earlier + time.monotonic() - begin
