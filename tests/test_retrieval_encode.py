@@ -151,12 +151,15 @@ def test_subclasses_of_linear_layers_are_not_packed():
     assert type(layers[0]) is Quantised and type(layers[1]) is torch.nn.Linear
 
 
-@pytest.mark.parametrize("mask", [None, "bool", "float"])
-def test_attention_by_products_equals_torchs(mask):
+@pytest.mark.parametrize("mask", [None, "bool", "float", "one for all"])
+@pytest.mark.parametrize("texts_at_once", [1, 2, 5])
+def test_attention_by_products_equals_torchs(mask, texts_at_once, monkeypatch):
+    monkeypatch.setattr("hf_distill.retrieval.packing._SCORES_IN_CACHE", texts_at_once * 3 * 7 * 7 * 4)
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(2, 3, 7, 8, generator=generator) for _ in range(3))
-    allowed = (torch.rand(2, 1, 7, 7, generator=generator) > 0.4) | torch.eye(7, dtype=torch.bool)
-    given_mask = {None: None, "bool": allowed, "float": torch.where(allowed, 0.0, -1e30)}[mask]
+    query, key, value = (torch.randn(5, 3, 7, 8, generator=generator) for _ in range(3))
+    allowed = (torch.rand(5, 1, 7, 7, generator=generator) > 0.4) | torch.eye(7, dtype=torch.bool)
+    masks = {"bool": allowed, "float": torch.where(allowed, 0.0, -1e30), "one for all": allowed[:1]}
+    given_mask = masks.get(mask)
     module = torch.nn.Module()
     module.is_causal = False
     found, _ = matmul_attention(module, query, key, value, given_mask)
