@@ -243,14 +243,19 @@ def _number_of_layers(text: str) -> int:
     return len(first.split(",")) if "," in first else int(first)
 
 
-def machine_speed() -> float:
-    """Operations a second that a model reaches here, from a short measurement of matrix products."""
+def machine_speed(bf16: bool) -> float:
+    """Operations a second that a model reaches here, from a short measurement of matrix products.
+
+    Args:
+        bf16: In bfloat16 (on a GPU always), not float32.
+    """
     import torch
 
     from ..models.products import product
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    half = bf16 or device == "cuda"
+    dtype = torch.bfloat16 if half else torch.float32
     # One core by itself: beside other programs, several would wait for each other.
     cores, size = (torch.get_num_threads(), 512) if device == "cpu" else (1, 4096)
     torch.set_num_threads(1)
@@ -258,14 +263,19 @@ def machine_speed() -> float:
     best, begin = float("inf"), time.perf_counter()
     while time.perf_counter() - begin < _MEASURED_SECONDS:
         start = time.perf_counter()
-        product(left, right) if device == "cpu" else left @ right
+        left @ right if half else product(left, right)
         if device == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return _EFFICIENCY * cores * 2 * size**3 / best
 
 
-def estimate(recipe: Recipe, names: Sequence[str], workspace: Workspace) -> tuple[dict[str, float | None], float]:
-    """Operations of every stage, None where they cannot be known, and how many of them this machine does a second."""
+def estimate(
+    recipe: Recipe, names: Sequence[str], workspace: Workspace
+) -> tuple[dict[str, float | None], dict[str, float]]:
+    """Operations of every stage, None where they cannot be known, and how many of them this machine does a second in
+    the precision of the stage."""
     cost = Cost(recipe, workspace)
-    return {name: cost.flops(name) for name in names}, machine_speed()
+    bf16 = {name: bool(recipe.stages[name].settings.get("bf16")) for name in names}
+    speeds = {precision: machine_speed(precision) for precision in set(bf16.values())}
+    return {name: cost.flops(name) for name in names}, {name: speeds[bf16[name]] for name in names}

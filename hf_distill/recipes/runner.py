@@ -127,19 +127,24 @@ class RecipeRun:
         check_graph(self.recipe, work, self.workspace, _available(decisions))
         in_other_process(check_stages, fields_to_check(self.recipe, work, self.workspace))
         in_other_process(check_ids, self.recipe, work)
-        flops, speed = in_other_process(estimate, self.recipe, work, self.workspace)
-        rows, total = [], 0.0
+        flops, speeds = in_other_process(estimate, self.recipe, work, self.workspace)
+        rows, total, seconds = [], 0.0, 0.0
         for name in names:
             decision, stage = decisions[name], self.recipe.stages[name]
             operations = flops.get(name)
-            total += operations or 0.0
-            about = "" if name not in work else "?" if operations is None else duration(operations / speed)
+            about = "" if name not in work else "?"
+            if operations is not None:
+                total += operations
+                seconds += operations / speeds[name]
+                about = duration(operations / speeds[name])
             size = f"{operations:.1e}" if operations else ""
             rows.append([name, stage.kind.verb, decision.action, size, about, "; ".join(decision.why)])
-        rows.append(["in all", "", "", f"{total:.1e}", duration(total / speed), ""])
+        rows.append(["in all", "", "", f"{total:.1e}", duration(seconds), ""])
         columns = ["stage", "verb", "state", "operations", "about, here", "why"]
         print_table(self.title, columns, rows)
-        logger.info("The times are those of the models' arithmetic at %.0f GFLOP/s, on one process.", speed / 1e9)
+        if speeds:
+            speed = " or ".join(f"{speed / 1e9:.0f}" for speed in sorted(set(speeds.values())))
+            logger.info("The times are those of the models' arithmetic at %s GFLOP/s, on one process.", speed)
 
     # ---- running ----
     def run(self, first: str | None = None, last: str | None = None) -> None:
