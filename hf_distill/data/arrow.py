@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from hf_distill.files import atomic_path, remove_leftovers
+from ..files import atomic_path, remove_leftovers
 
 
 # Rows per record batch: large enough for vectorised work, small enough that a block of long documents stays modest.

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 import torch
 
-from hf_distill.errors import InputError
+from ..errors import InputError
 
 
 if TYPE_CHECKING:
-    from hf_distill.data.negatives import Example
-    from hf_distill.data.tables import Corpus, Queries
-    from hf_distill.models.processing import TextProcessor
+    from ..models.processing import TextProcessor
+    from .negatives import Example
+    from .tables import Corpus, Queries
 
 
 class TokenBatch(TypedDict):

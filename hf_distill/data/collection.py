@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from hf_distill.console import get_logger
-from hf_distill.data import schema
-from hf_distill.data.arrow import build_once
-from hf_distill.data.qrels import Qrels
-from hf_distill.data.readers import Block
-from hf_distill.data.row_columns import is_row_block
-from hf_distill.data.run import mark_doubled
-from hf_distill.data.sources import HubSource, LocalSource, open_source
-from hf_distill.data.tables import CACHE_VERSION, Corpus, Queries, TextTable
-from hf_distill.data.values import find_column, id_array, integer_array
-from hf_distill.errors import InputError
-from hf_distill.files import cache_folder, fingerprint, read_json, write_json
-from hf_distill.provenance import note_source
+from ..console import get_logger
+from ..errors import InputError
+from ..files import cache_folder, fingerprint, read_json, write_json
+from ..provenance import note_source
+from . import schema
+from .arrow import build_once
+from .qrels import Qrels
+from .readers import Block
+from .row_columns import is_row_block
+from .run import mark_doubled
+from .sources import HubSource, LocalSource, open_source
+from .tables import CACHE_VERSION, Corpus, Queries, TextTable
+from .values import find_column, id_array, integer_array
 
 
 if TYPE_CHECKING:
-    from hf_distill.data.formats.opening import Source
-    from hf_distill.data.rows import RowSet
-    from hf_distill.data.streaming import StreamedRows
+    from .formats.opening import Source
+    from .rows import RowSet
+    from .streaming import StreamedRows
 
 logger = get_logger(__name__)
 
@@ -81,13 +81,13 @@ class Collection:
 
     def rows(self, name: str) -> RowSet:
         """The row set `name` of the same folder or repository."""
-        from hf_distill.data.rows import RowSet
+        from .rows import RowSet
 
         return RowSet.from_source(self._source_of(name), name, self.queries, self.corpus, cache_dir=self._cache_dir)
 
     def stream(self, name: str) -> StreamedRows:
         """The same row set, read while it is used."""
-        from hf_distill.data.streaming import StreamedRows
+        from .streaming import StreamedRows
 
         opened = self._source_of(name)
         return StreamedRows.from_source(opened, name, self.queries, self.corpus, cache_dir=self._cache_dir)
@@ -125,7 +125,7 @@ def open_row_set(
         path = path.resolve() if path.name in ("", "..") else path
         opened: Source = LocalSource(path.parent, cache_dir, only=path.name)
         if not any(_is_row_set(opened, name) for name in opened.configs()):
-            from hf_distill.data.formats.opening import open_rows
+            from .formats.opening import open_rows
 
             foreign = open_rows(path, cache_dir)
             if foreign is not None:
@@ -176,7 +176,7 @@ def load_collection(
     """
     if unknown_ids not in ("error", "drop"):
         raise InputError(f"{unknown_ids!r} is not a choice", where="unknown_ids", cure="Use 'error' or 'drop'")
-    from hf_distill.data.formats.opening import open_collection
+    from .formats.opening import open_collection
 
     opened = open_collection(source, revision, cache_dir)
     corpus_config = _config(opened, schema.CORPUS_CONFIGS)

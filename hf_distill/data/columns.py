@@ -19,18 +19,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from hf_distill.console import get_logger
-from hf_distill.data import schema
-from hf_distill.data.arrow import BLOCK_ROWS
-from hf_distill.data.collection import Collection
-from hf_distill.data.hashed_rows import ColumnLayout, HashedRows, Ragged, digest, distinct, read_hashes, text_blocks
-from hf_distill.data.lists import list_offsets
-from hf_distill.data.qrels import Qrels
-from hf_distill.data.readers import Block, file_kind, read_blocks
-from hf_distill.data.rows import RowSet
-from hf_distill.data.sources import open_source
-from hf_distill.data.tables import Corpus, Queries
-from hf_distill.errors import InputError
+from ..console import get_logger
+from ..errors import InputError
+from . import schema
+from .arrow import BLOCK_ROWS
+from .collection import Collection
+from .hashed_rows import ColumnLayout, HashedRows, Ragged, digest, distinct, read_hashes, text_blocks
+from .lists import list_offsets
+from .qrels import Qrels
+from .readers import Block, file_kind, read_blocks
+from .rows import RowSet
+from .sources import open_source
+from .tables import Corpus, Queries
 
 
 logger = get_logger(__name__)

@@ -17,9 +17,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from hf_distill.console import get_logger, progress
-from hf_distill.data.docstrings import STANDARD_LIBRARY, DocRecord, documented, package_root, source_files
-from hf_distill.errors import InputError
+from ..console import get_logger, progress
+from ..errors import InputError
+from .docstrings import STANDARD_LIBRARY, DocRecord, documented, package_root, source_files
 
 
 logger = get_logger(__name__)
@@ -70,7 +70,7 @@ def build_demo_collection(
     Raises:
         InputError: When a named package has no source here, or too little is documented.
     """
-    from hf_distill.data.export import save_collection
+    from .export import save_collection
 
     if num_passages < 1:
         raise InputError(f"{num_passages} is not a size", where="num_passages", cure="Use some thousands")
@@ -252,9 +252,9 @@ def passage_text(record: DocRecord) -> str:
 
 
 def _collection(records: Sequence[DocRecord], splits: dict[str, str]) -> Any:
-    from hf_distill.data.collection import Collection
-    from hf_distill.data.qrels import Qrels
-    from hf_distill.data.tables import Corpus, Queries
+    from .collection import Collection
+    from .qrels import Qrels
+    from .tables import Corpus, Queries
 
     # The query's identifier differs from its passage's: several tools drop a passage with the id of the query.
     queries = [{"query_id": f"{record.name}?", "text": record.summary} for record in records]

@@ -12,7 +12,7 @@ import numpy as np
 
 
 if TYPE_CHECKING:
-    from hf_distill.data.rows import RowSet
+    from .rows import RowSet
 
 # Where a row set keeps them in its metadata, by column.
 EXAMPLES = "examples"

@@ -11,15 +11,15 @@ from pathlib import Path
 import pyarrow as pa
 from filelock import FileLock
 
-from hf_distill.data import schema
-from hf_distill.data.arrow import BLOCK_ROWS
-from hf_distill.data.cards import add_config, config_entry, join_card, split_card
-from hf_distill.data.collection import Collection, load_collection
-from hf_distill.data.qrels import Qrels
-from hf_distill.data.rows import RowSet
-from hf_distill.data.tables import TextTable
-from hf_distill.errors import InputError
-from hf_distill.files import atomic_path
+from ..errors import InputError
+from ..files import atomic_path
+from . import schema
+from .arrow import BLOCK_ROWS
+from .cards import add_config, config_entry, join_card, split_card
+from .collection import Collection, load_collection
+from .qrels import Qrels
+from .rows import RowSet
+from .tables import TextTable
 
 
 # About a million rows in one parquet file.

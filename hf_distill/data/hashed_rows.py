@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from hf_distill.data import schema
-from hf_distill.data.readers import Block
-from hf_distill.errors import InputError
+from ..errors import InputError
+from . import schema
+from .readers import Block
 
 
 @dataclass

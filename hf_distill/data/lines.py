@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hf_distill.errors import InputError
+from ..errors import InputError
 
 
 # Large enough for vectorised work, small enough to be copied a few times.

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from hf_distill.data.arrow import BLOCK_ROWS
-from hf_distill.errors import InputError
+from ..errors import InputError
+from .arrow import BLOCK_ROWS
 
 
 def list_column(values: Any, kind: pa.DataType, name: str, lengths: np.ndarray | None = None) -> pa.ChunkedArray:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from hf_distill.data.arrow import BLOCK_ROWS, ArrowStrings
+from .arrow import BLOCK_ROWS, ArrowStrings
 
 
 class DoubledIdError(ValueError):

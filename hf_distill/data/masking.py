@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from hf_distill.data.negatives import random_stream
-from hf_distill.data.tables import render_passage
-from hf_distill.errors import InputError
+from ..errors import InputError
+from .negatives import random_stream
+from .tables import render_passage
 
 
 if TYPE_CHECKING:
-    from hf_distill.data.tables import Corpus
-    from hf_distill.models.processing import TextProcessor
+    from ..models.processing import TextProcessor
+    from .tables import Corpus
 
 IGNORED = -100
 DECODER_MASKINGS = ("inclusive", "random", "exclusive")

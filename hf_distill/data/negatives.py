@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from hf_distill.data.lists import list_offsets
-from hf_distill.data.schema import SOURCE_GROUPS, SOURCES
-from hf_distill.errors import InputError
+from ..errors import InputError
+from .lists import list_offsets
+from .schema import SOURCE_GROUPS, SOURCES
 
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from hf_distill.data.qrels import PositiveIndex
-    from hf_distill.data.rows import RowSet
+    from .qrels import PositiveIndex
+    from .rows import RowSet
 
 RowKey = tuple[int, int]
 """A row's position and the epoch it is drawn for."""

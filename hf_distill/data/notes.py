@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_distill.console import get_logger
+from ..console import get_logger
 
 
 logger = get_logger(__name__)

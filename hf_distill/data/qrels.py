@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hf_distill.data.tables import Corpus, Queries
+from .tables import Corpus, Queries
 
 
 class PositiveIndex:

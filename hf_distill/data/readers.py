@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hf_distill.data.arrow import BLOCK_ROWS
-from hf_distill.data.lines import Lines, line_blocks, read_lines
-from hf_distill.errors import InputError
+from ..errors import InputError
+from .arrow import BLOCK_ROWS
+from .lines import Lines, line_blocks, read_lines
 
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".tsv", ".csv")

@@ -10,10 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from hf_distill.data import schema
-from hf_distill.data.notes import Notes
-from hf_distill.data.readers import Block
-from hf_distill.errors import InputError
+from ..errors import InputError
+from . import schema
+from .notes import Notes
+from .readers import Block
 
 
 POSITIVE_NAMES = ("positive_document_ids", "positive_ids", "positive_id", "pos_ids", "positive_pids", "pos")

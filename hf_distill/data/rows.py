@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from hf_distill.console import get_logger
-from hf_distill.data import schema
-from hf_distill.data.arrow import BLOCK_ROWS, Column, ContentHash, build_once, open_arrow, write_arrow
-from hf_distill.data.examples import EXAMPLES, examples_of
-from hf_distill.data.lists import ListView, list_column
-from hf_distill.data.readers import Block
-from hf_distill.data.rows_io import clean_rows, foreign_sides, write_rows
-from hf_distill.data.tables import CACHE_VERSION, Corpus, Queries
-from hf_distill.errors import InputError
-from hf_distill.files import cache_folder, fingerprint, read_json, write_json
+from ..console import get_logger
+from ..errors import InputError
+from ..files import cache_folder, fingerprint, read_json, write_json
+from . import schema
+from .arrow import BLOCK_ROWS, Column, ContentHash, build_once, open_arrow, write_arrow
+from .examples import EXAMPLES, examples_of
+from .lists import ListView, list_column
+from .readers import Block
+from .rows_io import clean_rows, foreign_sides, write_rows
+from .tables import CACHE_VERSION, Corpus, Queries
 
 
 if TYPE_CHECKING:
-    from hf_distill.data.collection import Collection
-    from hf_distill.data.formats.opening import Source
+    from .collection import Collection
+    from .formats.opening import Source
 
 logger = get_logger(__name__)
 
@@ -176,7 +176,7 @@ class RowSet:
             folder = folder.resolve()
         if not folder.exists():
             raise InputError("no such folder", where=str(folder), cure="Name the folder of a saved row set")
-        from hf_distill.data.collection import open_row_set
+        from .collection import open_row_set
 
         source, name = open_row_set(folder, cache_dir=cache_dir)
         return cls.from_source(source, name, queries, corpus, cache_dir=cache_dir)
@@ -192,7 +192,7 @@ class RowSet:
         cache_dir: str | os.PathLike | None = None,
     ) -> RowSet:
         """Reads the config `config` of an opened folder or repository; see `load`."""
-        from hf_distill.data.rows_io import RowReader
+        from .rows_io import RowReader
 
         metadata = source.metadata(config)
         splits = source.splits(config)

@@ -10,21 +10,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hf_distill.console import get_logger
-from hf_distill.data import schema
-from hf_distill.data.arrow import BLOCK_ROWS
-from hf_distill.data.lists import list_offsets
-from hf_distill.data.notes import Notes
-from hf_distill.data.readers import Block
-from hf_distill.data.row_columns import standard_rows
-from hf_distill.data.tables import Corpus, Queries
-from hf_distill.data.values import find_column, id_array, integer_array
-from hf_distill.errors import InputError
-from hf_distill.files import atomic_path, write_json
+from ..console import get_logger
+from ..errors import InputError
+from ..files import atomic_path, write_json
+from . import schema
+from .arrow import BLOCK_ROWS
+from .lists import list_offsets
+from .notes import Notes
+from .readers import Block
+from .row_columns import standard_rows
+from .tables import Corpus, Queries
+from .values import find_column, id_array, integer_array
 
 
 if TYPE_CHECKING:
-    from hf_distill.data.rows import RowSet
+    from .rows import RowSet
 
 logger = get_logger(__name__)
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_distill.data.lines import read_lines
-from hf_distill.data.qrels import Qrels
-from hf_distill.data.tables import Corpus, Queries, TextTable
-from hf_distill.errors import InputError
-from hf_distill.files import atomic_path, file_fingerprint
-from hf_distill.provenance import note_source
+from ..errors import InputError
+from ..files import atomic_path, file_fingerprint
+from ..provenance import note_source
+from .lines import read_lines
+from .qrels import Qrels
+from .tables import Corpus, Queries, TextTable
 
 
 _LINES_AT_ONCE = 2**17

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from hf_distill.data import schema
-from hf_distill.data.arrow import BLOCK_ROWS, ContentHash
-from hf_distill.data.cards import config_entry
-from hf_distill.data.export import write_parquet
-from hf_distill.data.lists import list_offsets
-from hf_distill.data.rows import RowSet
-from hf_distill.errors import InputError
-from hf_distill.files import read_json, write_json
+from ..errors import InputError
+from ..files import read_json, write_json
+from . import schema
+from .arrow import BLOCK_ROWS, ContentHash
+from .cards import config_entry
+from .export import write_parquet
+from .lists import list_offsets
+from .rows import RowSet
 
 
 # The configs beside the full row set. `documents` holds rendered passages, so it is no `corpus` with titles.

@@ -11,14 +11,14 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from hf_distill.console import get_logger
-from hf_distill.data.arrow import BLOCK_ROWS
-from hf_distill.data.cards import read_card
-from hf_distill.data.readers import Block, file_kind, read_blocks
-from hf_distill.errors import InputError
-from hf_distill.files import cache_folder, file_fingerprint, fingerprint, read_json, write_json
-from hf_distill.hub.client import attempt, explain
-from hf_distill.hub.download import check_content, check_file
+from ..console import get_logger
+from ..errors import InputError
+from ..files import cache_folder, file_fingerprint, fingerprint, read_json, write_json
+from ..hub.client import attempt, explain
+from ..hub.download import check_content, check_file
+from .arrow import BLOCK_ROWS
+from .cards import read_card
+from .readers import Block, file_kind, read_blocks
 
 
 logger = get_logger(__name__)

@@ -17,12 +17,12 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from hf_distill.console import get_logger
-from hf_distill.data import schema
-from hf_distill.data.lines import decode_line
-from hf_distill.data.readers import Block, file_kind, json_record
-from hf_distill.errors import InputError
-from hf_distill.files import cache_folder, fingerprint, read_json, write_json
+from ..console import get_logger
+from ..errors import InputError
+from ..files import cache_folder, fingerprint, read_json, write_json
+from . import schema
+from .lines import decode_line
+from .readers import Block, file_kind, json_record
 
 
 if TYPE_CHECKING:

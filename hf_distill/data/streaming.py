@@ -25,19 +25,19 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from hf_distill.console import get_logger
-from hf_distill.data import schema
-from hf_distill.data.collection import open_row_set
-from hf_distill.data.negatives import BUFFER_STREAM, ORDER_STREAM, Example, TrainingRows, random_stream
-from hf_distill.data.readers import Block
-from hf_distill.data.rows import RowSet, in_memory
-from hf_distill.data.rows_io import RowReader, foreign_sides
-from hf_distill.data.sources import HubSource, LocalSource, SourceFile
-from hf_distill.data.stream_files import RowFile, Unit, open_row_file
-from hf_distill.data.tables import Corpus, Queries
-from hf_distill.data.values import find_column
-from hf_distill.errors import InputError
-from hf_distill.files import fingerprint
+from ..console import get_logger
+from ..errors import InputError
+from ..files import fingerprint
+from . import schema
+from .collection import open_row_set
+from .negatives import BUFFER_STREAM, ORDER_STREAM, Example, TrainingRows, random_stream
+from .readers import Block
+from .rows import RowSet, in_memory
+from .rows_io import RowReader, foreign_sides
+from .sources import HubSource, LocalSource, SourceFile
+from .stream_files import RowFile, Unit, open_row_file
+from .tables import Corpus, Queries
+from .values import find_column
 
 
 logger = get_logger(__name__)

@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from hf_distill.data import schema
-from hf_distill.data.arrow import BLOCK_ROWS, ArrowStrings, Column, ContentHash, build_once, open_arrow, write_arrow
-from hf_distill.data.lookup import DoubledIdError, IdIndex
-from hf_distill.data.readers import Block
-from hf_distill.data.values import find_column, id_array, text_array, title_array
-from hf_distill.errors import InputError
-from hf_distill.files import cache_folder, fingerprint, read_json, write_json
+from ..errors import InputError
+from ..files import cache_folder, fingerprint, read_json, write_json
+from . import schema
+from .arrow import BLOCK_ROWS, ArrowStrings, Column, ContentHash, build_once, open_arrow, write_arrow
+from .lookup import DoubledIdError, IdIndex
+from .readers import Block
+from .values import find_column, id_array, text_array, title_array
 
 
 DEFAULT_TEMPLATE = "{title} {text}"

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hf_distill.data.readers import Block, file_kind
-from hf_distill.errors import InputError
+from ..errors import InputError
+from .readers import Block, file_kind
 
 
 # Such characters would break the line-based files (TREC, TSV) in which identifiers travel.

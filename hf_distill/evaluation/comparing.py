@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from hf_distill.console import get_logger
-from hf_distill.data.collection import Collection
-from hf_distill.data.run import Run
-from hf_distill.errors import InputError
-from hf_distill.evaluation.measures import DEFAULT_MEASURES, evaluate_run
-from hf_distill.evaluation.report import markdown_rows, read_per_query
-from hf_distill.evaluation.significance import Comparison, PerQuery
+from ..console import get_logger
+from ..data.collection import Collection
+from ..data.run import Run
+from ..errors import InputError
+from .measures import DEFAULT_MEASURES, evaluate_run
+from .report import markdown_rows, read_per_query
+from .significance import Comparison, PerQuery
 
 
 logger = get_logger(__name__)

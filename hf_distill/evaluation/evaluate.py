@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_distill.console import get_logger, is_main_process
-from hf_distill.evaluation.measures import DEFAULT_MEASURES, Result, evaluate_run
-from hf_distill.evaluation.report import update_metrics, write_per_query
+from ..console import get_logger, is_main_process
+from .measures import DEFAULT_MEASURES, Result, evaluate_run
+from .report import update_metrics, write_per_query
 
 
 if TYPE_CHECKING:
-    from hf_distill.data.collection import Collection
-    from hf_distill.data.run import Run
+    from ..data.collection import Collection
+    from ..data.run import Run
 
 
 logger = get_logger(__name__)

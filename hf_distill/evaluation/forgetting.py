@@ -16,13 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hf_distill.data.lists import list_offsets
-from hf_distill.data.qrels import Qrels
-from hf_distill.data.rows import RowSet
-from hf_distill.data.run import Run
-from hf_distill.data.schema import SOURCES
-from hf_distill.errors import InputError
-from hf_distill.files import atomic_path, write_json
+from ..data.lists import list_offsets
+from ..data.qrels import Qrels
+from ..data.rows import RowSet
+from ..data.run import Run
+from ..data.schema import SOURCES
+from ..errors import InputError
+from ..files import atomic_path, write_json
 
 
 DEPTH = 100
@@ -240,8 +240,8 @@ def write_forgetting(
         other_seed: See [`changes`].
         depth: Of the ranks.
     """
-    from hf_distill.evaluation.plots import plot_composition, plot_forgetting
-    from hf_distill.evaluation.report import update_metrics
+    from .plots import plot_composition, plot_forgetting
+    from .report import update_metrics
 
     folder = Path(folder)
     found = changes(names, ranks, other_seed)

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_distill.errors import InputError
-from hf_distill.evaluation.ranking_measures import trec_measures
-from hf_distill.evaluation.ranking_measures.trec_measures import DEFAULT_MEASURES
+from ..errors import InputError
+from .ranking_measures import trec_measures
+from .ranking_measures.trec_measures import DEFAULT_MEASURES
 
 
 @dataclass(frozen=True)

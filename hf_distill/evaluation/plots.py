@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_distill.errors import InputError
-from hf_distill.evaluation.report import load_metrics, order_systems
-from hf_distill.files import atomic_path
+from ..errors import InputError
+from ..files import atomic_path
+from .report import load_metrics, order_systems
 
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from hf_distill.evaluation.forgetting import Change
+    from .forgetting import Change
 
 
 # Okabe and Ito's colours, which people with colour blindness can tell apart; one for each well-known system, so that

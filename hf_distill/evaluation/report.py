@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_distill.console import print_table
-from hf_distill.errors import InputError
-from hf_distill.evaluation.measures import DEFAULT_MEASURES, Result
-from hf_distill.files import atomic_path, read_json, write_json
+from ..console import print_table
+from ..errors import InputError
+from ..files import atomic_path, read_json, write_json
+from .measures import DEFAULT_MEASURES, Result
 
 
 # Systems in the order of a reader's questions: the cheap baseline, the goal, the start, and what came of it.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hf_distill.errors import InputError
+from ..errors import InputError
 
 
 PerQuery = Mapping[str, Mapping[str, float]]

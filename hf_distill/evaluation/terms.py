@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from hf_distill.files import atomic_path
+from ..files import atomic_path
 
 
 if TYPE_CHECKING:
-    from hf_distill.models import LexicalRetriever
+    from ..models import LexicalRetriever
 
 _QUERY, _PASSAGE, _SHARED = "#0072B2", "#D55E00", "#009E73"
 
@@ -38,7 +38,7 @@ def text_terms(model: LexicalRetriever, query: str, passage: str, dtype: str = "
         passage: Without prompt.
         dtype: Precision of encoding.
     """
-    from hf_distill.retrieval import encode_texts
+    from ..retrieval import encode_texts
 
     names = model.tokenizer.convert_ids_to_tokens(range(model.embedding_size))
     weights = []

@@ -6,24 +6,24 @@ computed in float32 at least, also under autocast; the mean runs over queries un
 
 from __future__ import annotations
 
-from hf_distill.losses.calibration import CALIBRATIONS, calibrate, check_teacher_scores, fit_temperature
-from hf_distill.losses.combine import ANCHOR, CANDIDATES, LOSSES, Loss, LossTerm, combine, parse_terms
-from hf_distill.losses.contrastive import contrastive_loss
-from hf_distill.losses.dkd import dkd_loss
-from hf_distill.losses.embedding_mse import embedding_mse_loss
-from hf_distill.losses.false_negatives import known_negatives_mask
-from hf_distill.losses.flops import flops_loss, sparsity_loss
-from hf_distill.losses.forgetting import lwf_loss
-from hf_distill.losses.interaction_maps import interaction_map_loss, interaction_maps
-from hf_distill.losses.kl import kl_loss
-from hf_distill.losses.layer_alignment import layer_alignment_loss
-from hf_distill.losses.listwise import listnet_loss, pairwise_margin_mse_loss
-from hf_distill.losses.logit_mse import logit_mse_loss
-from hf_distill.losses.margin_mse import margin_mse_loss
-from hf_distill.losses.maxsim import maxsim, own_maxsim
-from hf_distill.losses.probability import probability_loss
-from hf_distill.losses.rank_consistency import rank_consistency_loss
-from hf_distill.losses.several_teachers import mean_teacher
+from .calibration import CALIBRATIONS, calibrate, check_teacher_scores, fit_temperature
+from .combine import ANCHOR, CANDIDATES, LOSSES, Loss, LossTerm, combine, parse_terms
+from .contrastive import contrastive_loss
+from .dkd import dkd_loss
+from .embedding_mse import embedding_mse_loss
+from .false_negatives import known_negatives_mask
+from .flops import flops_loss, sparsity_loss
+from .forgetting import lwf_loss
+from .interaction_maps import interaction_map_loss, interaction_maps
+from .kl import kl_loss
+from .layer_alignment import layer_alignment_loss
+from .listwise import listnet_loss, pairwise_margin_mse_loss
+from .logit_mse import logit_mse_loss
+from .margin_mse import margin_mse_loss
+from .maxsim import maxsim, own_maxsim
+from .probability import probability_loss
+from .rank_consistency import rank_consistency_loss
+from .several_teachers import mean_teacher
 
 
 __all__ = [

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from hf_distill.errors import InputError
-from hf_distill.losses.numerics import at_target, full_precision, masked_log_softmax, masked_mean, target_rows
+from ..errors import InputError
+from .numerics import at_target, full_precision, masked_log_softmax, masked_mean, target_rows
 
 
 CALIBRATIONS = ("none", "z_norm", "min_max", "rank", "temperature")

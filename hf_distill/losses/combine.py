@@ -12,22 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill.errors import InputError
-from hf_distill.losses.calibration import CALIBRATIONS, calibrate
-from hf_distill.losses.contrastive import contrastive_loss
-from hf_distill.losses.dkd import dkd_loss
-from hf_distill.losses.embedding_mse import embedding_mse_loss
-from hf_distill.losses.flops import sparsity_loss
-from hf_distill.losses.forgetting import lwf_loss
-from hf_distill.losses.interaction_maps import interaction_map_loss
-from hf_distill.losses.kl import kl_loss
-from hf_distill.losses.layer_alignment import layer_alignment_loss
-from hf_distill.losses.listwise import listnet_loss, pairwise_margin_mse_loss
-from hf_distill.losses.logit_mse import logit_mse_loss
-from hf_distill.losses.margin_mse import margin_mse_loss
-from hf_distill.losses.probability import probability_loss
-from hf_distill.losses.rank_consistency import rank_consistency_loss
-from hf_distill.losses.several_teachers import mean_teacher
+from ..errors import InputError
+from .calibration import CALIBRATIONS, calibrate
+from .contrastive import contrastive_loss
+from .dkd import dkd_loss
+from .embedding_mse import embedding_mse_loss
+from .flops import sparsity_loss
+from .forgetting import lwf_loss
+from .interaction_maps import interaction_map_loss
+from .kl import kl_loss
+from .layer_alignment import layer_alignment_loss
+from .listwise import listnet_loss, pairwise_margin_mse_loss
+from .logit_mse import logit_mse_loss
+from .margin_mse import margin_mse_loss
+from .probability import probability_loss
+from .rank_consistency import rank_consistency_loss
+from .several_teachers import mean_teacher
 
 
 CANDIDATES = ("own", "in_batch", "global")

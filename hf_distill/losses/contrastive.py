@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hf_distill.losses.numerics import (
+from .numerics import (
     at_target,
     check_mask,
     full_precision,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import normalize as unit_length
 
-from hf_distill.losses.numerics import full_precision, masked_mean
+from .numerics import full_precision, masked_mean
 
 
 @full_precision

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from hf_distill.losses.numerics import full_precision, masked_mean
+from .numerics import full_precision, masked_mean
 
 
 @full_precision

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hf_distill.errors import InputError
-from hf_distill.losses.kl import kl_loss
-from hf_distill.losses.logit_mse import logit_mse_loss
-from hf_distill.losses.numerics import full_precision
+from ..errors import InputError
+from .kl import kl_loss
+from .logit_mse import logit_mse_loss
+from .numerics import full_precision
 
 
 @full_precision

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_distill.losses.numerics import full_precision
+from .numerics import full_precision
 
 
 # What hides a cell of a map before its softmax, as in the original.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hf_distill.losses.numerics import check_shapes, full_precision, kl_rows, masked_mean, rows_kept
+from .numerics import check_shapes, full_precision, kl_rows, masked_mean, rows_kept
 
 
 @full_precision

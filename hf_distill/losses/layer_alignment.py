@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_distill.losses.numerics import (
+from .numerics import (
     at_target,
     check_shapes,
     full_precision,

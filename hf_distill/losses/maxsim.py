@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill.losses.numerics import full_precision, sparse_rows
+from .numerics import full_precision, sparse_rows
 
 
 # Similarities that are held at once; queries are taken in blocks below it (256 MiB in float32).

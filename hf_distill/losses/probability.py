@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hf_distill.losses.numerics import (
+from .numerics import (
     check_shapes,
     full_precision,
     masked_log_softmax,

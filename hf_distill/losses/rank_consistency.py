@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_distill.losses.numerics import check_shapes, full_precision, masked_mean
+from .numerics import check_shapes, full_precision, masked_mean
 
 
 @full_precision

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_distill.losses.numerics import masked_log_softmax, raise_half
+from .numerics import masked_log_softmax, raise_half
 
 
 def mean_teacher(scores: Sequence[Tensor], temperature: float | None = None, mask: Tensor | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_distill.lazy import attach
+from ..lazy import attach
 
 
 __getattr__, __dir__, __all__ = attach(

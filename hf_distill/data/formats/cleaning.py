@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pyarrow as pa
 
-from hf_distill.data import schema
-from hf_distill.data.formats.seen import Seen, hashes_of
-from hf_distill.data.notes import Notes
-from hf_distill.data.readers import Block
-from hf_distill.data.rows_io import clean_rows, id_rows
-from hf_distill.data.tables import Corpus, Queries
-from hf_distill.data.values import find_column, id_array, integer_array
-from hf_distill.errors import InputError
+from ...errors import InputError
+from .. import schema
+from ..notes import Notes
+from ..readers import Block
+from ..rows_io import clean_rows, id_rows
+from ..tables import Corpus, Queries
+from ..values import find_column, id_array, integer_array
+from .seen import Seen, hashes_of
 
 
 NOUNS = {schema.QUERIES: "queries", schema.CORPUS: "documents"}

@@ -13,20 +13,20 @@ from typing import Any
 
 import pyarrow as pa
 
-from hf_distill.console import get_logger, progress
-from hf_distill.data import schema
-from hf_distill.data.cards import config_entry, join_card
-from hf_distill.data.collection import RESERVED_CONFIGS, qrels_config
-from hf_distill.data.formats.cleaning import NOUNS, Cleaner
-from hf_distill.data.formats.opening import Source, TextRows
-from hf_distill.data.formats.seen import Seen, hashes_of
-from hf_distill.data.formats.source import FormatSource
-from hf_distill.data.notes import Notes
-from hf_distill.data.readers import Block
-from hf_distill.data.row_columns import is_row_block, standard_rows
-from hf_distill.errors import InputError
-from hf_distill.files import atomic_path, fingerprint, read_json, saying_full_disk, write_json
-from hf_distill.locking import lock_folder, unlock_folder
+from ...console import get_logger, progress
+from ...errors import InputError
+from ...files import atomic_path, fingerprint, read_json, saying_full_disk, write_json
+from ...locking import lock_folder, unlock_folder
+from .. import schema
+from ..cards import config_entry, join_card
+from ..collection import RESERVED_CONFIGS, qrels_config
+from ..notes import Notes
+from ..readers import Block
+from ..row_columns import is_row_block, standard_rows
+from .cleaning import NOUNS, Cleaner
+from .opening import Source, TextRows
+from .seen import Seen, hashes_of
+from .source import FormatSource
 
 
 logger = get_logger(__name__)
@@ -158,7 +158,7 @@ def _write_parts(source: Source, parts: list[Part], work: Path, name: str | None
 
 def _write_texts(source: TextRows, parts: list[Part], work: Path, name: str | None) -> None:
     """Rows of texts, whose equal texts are found in the cache before anything is written."""
-    from hf_distill.data.export import save_collection
+    from ..export import save_collection
 
     collection, rows = source.read(name)
     made = work / ".state" / "made"

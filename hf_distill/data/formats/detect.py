@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_distill.data import schema
-from hf_distill.data.formats.kinds import COLUMNS, CORPUS, KINDS, QRELS, QUERIES, ROWS, SCORES, TITLES
-from hf_distill.data.formats.pickles import CURE, is_pickle, read_pickled_items
-from hf_distill.data.formats.source import Input
-from hf_distill.data.formats.tables import first_lines, has_header
-from hf_distill.data.readers import TAB, file_kind
-from hf_distill.data.row_columns import is_row_block
-from hf_distill.errors import InputError
+from ...errors import InputError
+from .. import schema
+from ..readers import TAB, file_kind
+from ..row_columns import is_row_block
+from .kinds import COLUMNS, CORPUS, KINDS, QRELS, QUERIES, ROWS, SCORES, TITLES
+from .pickles import CURE, is_pickle, read_pickled_items
+from .source import Input
+from .tables import first_lines, has_header
 
 
 ROLES = (*KINDS, COLUMNS)

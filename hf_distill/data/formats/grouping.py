@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from hf_distill.data.arrow import build_once
-from hf_distill.data.formats.seen import hashes_of
-from hf_distill.data.readers import Block
-from hf_distill.data.values import id_array
-from hf_distill.errors import InputError
-from hf_distill.files import cache_folder, fingerprint, write_json
+from ...errors import InputError
+from ...files import cache_folder, fingerprint, write_json
+from ..arrow import build_once
+from ..readers import Block
+from ..values import id_array
+from .seen import hashes_of
 
 
 # Text of a file that is put in order in memory at once.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hf_distill.data import schema
-from hf_distill.data.formats import records, scores, tables
-from hf_distill.data.formats.source import Kind
+from .. import schema
+from . import records, scores, tables
+from .source import Kind
 
 
 CORPUS, QUERIES, QRELS, ROWS = schema.CORPUS, schema.QUERIES, schema.QRELS, "rows"

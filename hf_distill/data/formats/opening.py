@@ -9,16 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_distill.console import get_logger
-from hf_distill.data import schema
-from hf_distill.data.columns import rows_from_columns
-from hf_distill.data.formats.detect import ROLES, by_columns, detect, named, refuse_pickle, scan
-from hf_distill.data.formats.kinds import COLUMNS, CORPUS, ROWS
-from hf_distill.data.formats.pickles import PICKLES, is_pickle
-from hf_distill.data.formats.source import FORMAT_VERSION, FormatSource, Input
-from hf_distill.data.formats.tables import TEXT_TRIPLES, table_blocks
-from hf_distill.data.readers import Block
-from hf_distill.data.sources import (
+from ...console import get_logger
+from ...errors import InputError
+from ...hub.client import split_revision
+from .. import schema
+from ..columns import rows_from_columns
+from ..readers import Block
+from ..sources import (
     DATA_FILES,
     HubSource,
     LoadingScriptError,
@@ -29,13 +26,16 @@ from hf_distill.data.sources import (
     open_source,
     resolve_revision,
 )
-from hf_distill.errors import InputError
-from hf_distill.hub.client import split_revision
+from .detect import ROLES, by_columns, detect, named, refuse_pickle, scan
+from .kinds import COLUMNS, CORPUS, ROWS
+from .pickles import PICKLES, is_pickle
+from .source import FORMAT_VERSION, FormatSource, Input
+from .tables import TEXT_TRIPLES, table_blocks
 
 
 if TYPE_CHECKING:
-    from hf_distill.data.collection import Collection
-    from hf_distill.data.rows import RowSet
+    from ..collection import Collection
+    from ..rows import RowSet
 
 logger = get_logger(__name__)
 

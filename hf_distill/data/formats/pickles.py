@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hf_distill.errors import InputError
+from ...errors import InputError
 
 
 _SUFFIXES = (".pkl", ".pickle", ".pkl.gz", ".pickle.gz")

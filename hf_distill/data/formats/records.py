@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from hf_distill.data import schema
-from hf_distill.data.notes import Notes
-from hf_distill.data.readers import Block, read_blocks
-from hf_distill.data.row_columns import plain, pool_rows
-from hf_distill.data.values import find_column
-from hf_distill.errors import InputError
+from ...errors import InputError
+from .. import schema
+from ..notes import Notes
+from ..readers import Block, read_blocks
+from ..row_columns import plain, pool_rows
+from ..values import find_column
 
 
 if TYPE_CHECKING:
-    from hf_distill.data.formats.source import FormatSource, Input
+    from .source import FormatSource, Input
 
 POSITIVE_PASSAGES, NEGATIVE_PASSAGES = "positive_passages", "negative_passages"
 

@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from hf_distill.data import schema
-from hf_distill.data.arrow import ArrowStrings, Column, build_once, open_arrow, write_arrow
-from hf_distill.data.formats.pickles import CURE, read_pickled_items
-from hf_distill.data.lookup import DoubledIdError, IdIndex
-from hf_distill.data.notes import Notes
-from hf_distill.data.readers import Block
-from hf_distill.data.row_columns import plain, pool_rows
-from hf_distill.data.values import find_column
-from hf_distill.errors import InputError
-from hf_distill.files import cache_folder, fingerprint, write_json
+from ...errors import InputError
+from ...files import cache_folder, fingerprint, write_json
+from .. import schema
+from ..arrow import ArrowStrings, Column, build_once, open_arrow, write_arrow
+from ..lookup import DoubledIdError, IdIndex
+from ..notes import Notes
+from ..readers import Block
+from ..row_columns import plain, pool_rows
+from ..values import find_column
+from .pickles import CURE, read_pickled_items
 
 
 if TYPE_CHECKING:
-    from hf_distill.data.formats.source import FormatSource, Input
+    from .source import FormatSource, Input
 
 # Queries put into one record batch; a query has about 200 scores.
 _QUERIES_AT_ONCE = 512

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from hf_distill.data import schema
-from hf_distill.data.arrow import BLOCK_ROWS
-from hf_distill.data.formats.seen import Seen, hashes_of
-from hf_distill.data.notes import Notes
-from hf_distill.data.readers import Block
-from hf_distill.data.row_columns import plain
-from hf_distill.data.sources import content_hash
-from hf_distill.data.tables import Queries
-from hf_distill.data.values import find_column, id_array, integer_array
-from hf_distill.errors import InputError
+from ...errors import InputError
+from .. import schema
+from ..arrow import BLOCK_ROWS
+from ..notes import Notes
+from ..readers import Block
+from ..row_columns import plain
+from ..sources import content_hash
+from ..tables import Queries
+from ..values import find_column, id_array, integer_array
+from .seen import Seen, hashes_of
 
 
 if TYPE_CHECKING:
-    from hf_distill.data.formats.scores import ScoreTable
+    from .scores import ScoreTable
 
 # Raised when the same files are read differently than before.
 FORMAT_VERSION = 1
@@ -102,7 +102,7 @@ class FormatSource:
     _kept: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        from hf_distill.data.formats.kinds import KINDS
+        from .kinds import KINDS
 
         self.kinds = KINDS
 
@@ -200,7 +200,7 @@ class FormatSource:
         """The scores of query and document that lie beside the rows, if there are any."""
         inputs = self._of("scores")
         if inputs and "scores" not in self._kept:
-            from hf_distill.data.formats.scores import ScoreTable
+            from .scores import ScoreTable
 
             key = [FORMAT_VERSION, "scores", [self._input_key(item) for item in inputs]]
             self._kept["scores"] = ScoreTable.build(self, inputs, key, self.cache_dir)

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from hf_distill.data import schema
-from hf_distill.data.formats.grouping import grouped
-from hf_distill.data.lines import read_lines
-from hf_distill.data.notes import Notes
-from hf_distill.data.readers import TAB, Block, file_kind, read_blocks, tab_blocks
-from hf_distill.data.row_columns import parse_list, plain, pool_rows, standard_rows
-from hf_distill.data.values import find_column, id_array
-from hf_distill.errors import InputError
+from ...errors import InputError
+from .. import schema
+from ..lines import read_lines
+from ..notes import Notes
+from ..readers import TAB, Block, file_kind, read_blocks, tab_blocks
+from ..row_columns import parse_list, plain, pool_rows, standard_rows
+from ..values import find_column, id_array
+from .grouping import grouped
 
 
 if TYPE_CHECKING:
-    from hf_distill.data.formats.source import FormatSource, Input
+    from .source import FormatSource, Input
 
 _ITERATION, _URL, _TAG, _RANK, _SCORE = "iteration", "url", "tag", "rank", "score"
 
