@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from ..errors import InputError
+from ..passages import render_passage
 from .negatives import random_stream
-from .tables import render_passage
 
 
 if TYPE_CHECKING:

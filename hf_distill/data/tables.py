@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +11,7 @@ import pyarrow as pa
 
 from ..errors import InputError
 from ..files import cache_folder, fingerprint, read_json, write_json
+from ..passages import DEFAULT_TEMPLATE, check_template, render_passage
 from . import schema
 from .arrow import BLOCK_ROWS, ArrowStrings, Column, ContentHash, build_once, open_arrow, write_arrow
 from .lookup import DoubledIdError, IdIndex
@@ -20,37 +19,8 @@ from .readers import Block
 from .values import find_column, id_array, text_array, title_array
 
 
-DEFAULT_TEMPLATE = "{title} {text}"
-
 # Part of every cache key: raised when the cached form of the same files changes.
 CACHE_VERSION = 1
-
-
-@functools.lru_cache(maxsize=64)
-def check_template(template: str) -> str:
-    """Returns `template` if `{title}` and `{text}` are its only fields and `{text}` is there, else `InputError`."""
-    cure = f"A template such as {DEFAULT_TEMPLATE!r} or '{{title}}[SEP]{{text}}' has {{text}} and perhaps {{title}}"
-    try:
-        fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-    except ValueError as error:
-        raise InputError(f"{template!r} is not a template ({error})", where="passage template", cure=cure) from None
-    if "text" not in fields or fields - {"title", "text"}:
-        raise InputError(f"{template!r} has the fields {sorted(fields)}", where="passage template", cure=cure)
-    return template
-
-
-def render_passage(title: str | None, text: str, template: str = DEFAULT_TEMPLATE) -> str:
-    """The one string that stands for a passage in training, encoding, scoring and export.
-
-    Args:
-        title: The title; `None` and `""` are the same.
-        text: The text.
-        template: Where they go; see `check_template`.
-
-    Returns:
-        The filled template without blanks at its ends, so that a passage without a title begins with its text.
-    """
-    return check_template(template).format(title=title or "", text=text).strip()
 
 
 class TextTable:
@@ -315,4 +285,4 @@ class Corpus(TextTable):
         template = check_template(template or DEFAULT_TEMPLATE)
         titles = self._take(schema.TITLE, positions).to_pylist()
         texts = self._take(schema.TEXT, positions).to_pylist()
-        return [template.format(title=title, text=text).strip() for title, text in zip(titles, texts)]
+        return [render_passage(title, text, template) for title, text in zip(titles, texts)]

@@ -39,7 +39,7 @@ def write_row_repository(
         template: How title and text of a passage become one string; by default as the retriever read them.
     """
     from ..data.sharing import margin_histogram, share_rows
-    from ..models.processing import DEFAULT_TEMPLATE
+    from ..passages import DEFAULT_TEMPLATE
 
     template = template or _retriever(rows.metadata).get("template") or DEFAULT_TEMPLATE
     facts = share_rows(rows, folder, name, num_negatives=num_negatives, template=template)

@@ -16,11 +16,11 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..errors import InputError
 from ..files import staged_files, write_json
+from ..passages import DEFAULT_TEMPLATE
 from . import layouts
 from .backbones import is_adapted, plain_model, unused_parts
 from .loading import Head, auto_class, quiet_transformers
 from .opening import Opening, checked_settings
-from .processing import DEFAULT_TEMPLATE
 from .source import ModelSource, find_model
 
 

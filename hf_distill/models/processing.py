@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import InputError
-
-
-DEFAULT_TEMPLATE = "{title} {text}"
+from ..passages import DEFAULT_TEMPLATE
 
 
 @dataclass

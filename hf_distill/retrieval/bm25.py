@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..data.run import Run
-from ..data.tables import DEFAULT_TEMPLATE
 from ..errors import InputError
+from ..passages import DEFAULT_TEMPLATE
 from .searching import HasTexts, _all_or, read_search, run_search
 from .shards import ShardedJob, default_shard_rows
 
