@@ -25,11 +25,11 @@ class EvaluateOptions:
     )
     names: list[str] | None = option(None, "Their names in the table. Default: made from the ids.")
     split: str = option("test", "Judgements to use.")
-    measures: str = option("nDCG@10,RR@10,R@100", "nDCG, RR, AP and R at any cut-off.")
+    measures: str = option("nDCG@10,RR@10,R@100", "nDCG, RR, AP, R, P and Success, with a cut-off: nDCG@10.")
     depth: int = option(100, "Passages retrieved for each query.")
     rerank: str = option("bm25", "Whose passages a cross-encoder re-ranks: bm25, or a model id or folder.")
     relevance: int = option(1, "Lowest grade that counts as relevant.")
-    output_dir: str | None = option(None, "Folder for metrics.json, runs, per-query figures and plots.")
+    output_dir: str | None = option(None, "Folder for metrics.json, runs, per-query figures and plots. Default: none.")
 
 
 def system_names(models: list[str], names: list[str] | None) -> list[str]:

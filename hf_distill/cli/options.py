@@ -14,7 +14,9 @@ class CollectionOptions:
     _argument_group_name = "data"
 
     data: str | None = option(
-        None, "The collection: a folder or Hub id in this project's layout, or in that of BEIR or MTEB."
+        None,
+        "The collection: a folder or Hub id in this project's layout, that of BEIR or MTEB, or any format that "
+        "hf-distill convert reads.",
     )
     data_revision: str | None = option(None, "Branch, tag or commit of a collection on the Hub.")
     cache_dir: str | None = option(
@@ -42,13 +44,13 @@ class PoolOptions:
     mine_depth: int = option(200, "Passages retrieved for each query.")
     mine_negatives: int = option(30, "Negatives kept for each query.")
     mine_window: str | None = option(
-        None, "First and last rank that negatives are taken from, '10,100' say. Default: all that are retrieved."
+        None, "First and last rank that negatives are taken from, for example '10,100'. Default: all ranks."
     )
     mine_margin: float | None = option(
-        None, "Drop candidates that score above the positive minus this margin (false negatives, probably)."
+        None, "Drop candidates that score above the positive minus this margin: they may be false negatives."
     )
     mine_relative_margin: float | None = option(
-        None, "Drop candidates that score above the positive times (1 - margin), 0.05 say."
+        None, "Drop candidates that score above the positive times (1 - margin), for example 0.05."
     )
     mine_sampling: str = option("top", "Take the best of the window or a seeded sample.", choices=["top", "random"])
     max_queries: int | None = option(None, "Use this many training queries, a seeded sample. Default: all.")
@@ -138,7 +140,9 @@ class StudentOptions:
     _argument_group_name = "teacher and student"
 
     teacher: list[str] | None = option(
-        None, "One teacher or several: Hub ids or folders of bi-encoders or cross-encoders; column:NAME of the rows."
+        None,
+        "One teacher or several: Hub ids or folders of bi-encoders or cross-encoders, or column:NAME for scores that "
+        "stand in the rows.",
     )
     teacher_revision: str | None = option(None, "Branch, tag or commit of the (first) teacher.")
     teacher_mode: str = option(
@@ -150,11 +154,12 @@ class StudentOptions:
     teacher_dtype: str = option("auto", "Precision of the teacher.", choices=["auto", "float32", "bfloat16"])
     student: str | None = option(
         None,
-        "layers:N, layers:N:last, layers:N:even or layers:1,5,6 of the first bi-encoder teacher, or any Hub id.",
+        "layers:N, layers:N:last, layers:N:even or layers:1,5,6: these layers of the first bi-encoder teacher. Or the "
+        "Hub id or folder of any bi-encoder.",
     )
     student_revision: str | None = option(None, "Its branch, tag or commit.")
     baseline: bool = option(
-        True, "Also train the student on the same rows and steps without a teacher: only the difference counts."
+        True, "Also train the student on the same rows and steps without a teacher, to see what the teacher brings."
     )
     plan_only: bool = option(False, "Print the plan and its estimate, and stop.")
 
@@ -178,8 +183,9 @@ class IndexOptions(EncodeOptions):
 
     index: str = option(
         "Flat",
-        "Flat (exact), or any FAISS factory string, search options after a semicolon: 'IVF1024,Flat;nprobe=32'. Of a "
-        "lexical model Flat, Impact (whole numbers), or Pisa (these in that engine).",
+        "Flat (exact), or any FAISS factory string, search options after a semicolon: 'IVF1024,Flat;nprobe=32'. For a "
+        "lexical model Flat, Impact (weights as whole numbers) or Pisa (the same, searched by PISA); for a "
+        "multi-vector model FAISS finds the candidates for MaxSim.",
     )
 
 
@@ -200,7 +206,7 @@ class PoolsOfEpisodesOptions:
     _argument_group_name = "pools"
 
     depth: int = option(200, "Passages retrieved for each query, and for each positive.")
-    pool_depth: int | None = option(None, "Draw from the first so many without positives. Default: from all.")
+    pool_depth: int | None = option(None, "Draw from the first N results that are no positives. Default: from all.")
     query_negatives: int = option(30, "Drawn from the neighbours of the query.")
     positive_negatives: int = option(30, "Drawn from the neighbours of its first positive (lookahead).")
     momentum: bool = option(True, "Keep the pool of the episode before.")

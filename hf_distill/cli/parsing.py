@@ -82,7 +82,10 @@ def _help(verb: Verb) -> str:
 def _presentation(verb: Verb) -> dict[str, Any]:
     epilog = f"example:\n  {verb.example}\n" if verb.example else ""
     if verb.arguments is not None:
-        epilog += "\nEvery field of transformers.TrainingArguments is a flag too; --help_all lists them.\n"
+        epilog += (
+            "\n--output_dir, --learning_rate, --num_train_epochs and all other fields of TrainingArguments\n"
+            "are flags too, and so are those of the trainer itself, such as --dropout; --help_all lists them.\n"
+        )
     return {
         "prog": f"hf-distill {verb.name}",
         "usage": f"hf-distill {verb.name} [--config FILE.yaml] [--field value ...]",

@@ -30,20 +30,24 @@ class ScoreOptions(PushToOptions):
     model: str | None = option(None, "The teacher: a Hub id or folder of a bi-encoder or cross-encoder.")
     model_revision: str | None = option(None, "Its branch, tag or commit.")
     run: str | None = option(None, "Take the scores from this TREC run instead.")
-    rows: str | None = option(None, "The row set: a name in the collection, or a folder.")
+    rows: str | None = option(None, "The row set: a name in the collection, a folder, a file, or a Hub id.")
     column: str = option("scores", "Column to write: scores (the primary teacher's) or scores_NAME.")
     layers: str | None = option(
         None,
         "Also write the scores of these layers, all or numbers from 1 such as 2,4,6, as the column layer_scores_NAME "
         "(layer_scores_teacher of the primary teacher).",
     )
-    max_queries: int | None = option(None, "Score the rows of so many queries, a seeded sample. Default: all.")
+    max_queries: int | None = option(None, "Score the rows of this many queries, a seeded sample. Default: all.")
     seed: int = option(42, "Of the sample.")
     length: int | None = option(
         None, "Longest pair (of a bi-encoder: passage) that the teacher reads. Default: as it was trained."
     )
     plan_only: bool = option(False, "Say how many pairs there are and how long they take, and stop.")
-    output_dir: str | None = option(None, "Folder for the scored rows. Default: the row set's own.")
+    output_dir: str | None = option(
+        None,
+        "Folder for the scored rows. Default: under the row set's name inside the collection, if that is a folder in "
+        "this project's layout.",
+    )
 
 
 def run(data_options: CollectionOptions, options: ScoreOptions, encode_options: EncodeOptions) -> None:
@@ -145,5 +149,6 @@ VERB = Verb(
     "Write a teacher's scores into a row set.",
     (CollectionOptions, ScoreOptions, EncodeOptions),
     run,
-    example="hf-distill score --data my_collection --rows outputs/rows --model cross-encoder/ms-marco-MiniLM-L6-v2",
+    example="hf-distill score --data my_collection --rows outputs/rows --model cross-encoder/ms-marco-MiniLM-L6-v2 "
+    "--output_dir outputs/scored",
 )

@@ -29,10 +29,10 @@ class SelectOptions:
     )
     rule: str = option(
         "2 <= student <= 15 and teacher == 1",
-        "Condition on the ranks of the first positive in the order of student and teacher (`scores_NAME`: NAME).",
+        "Condition on the first positive's ranks in the student's and the teacher's order; scores_NAME is called NAME.",
     )
     teacher_column: str | None = option(
-        None, "The only column of scores the rule speaks of, as teacher. Default: scores is teacher, scores_NAME NAME."
+        None, "The only column of the rule, called teacher there. Default: scores is teacher, scores_NAME is NAME."
     )
     keep_negatives: int = option(100, "Negatives kept for each query, the student's best first; 0 means all.")
     answers: str | None = option(

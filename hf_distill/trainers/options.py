@@ -55,7 +55,8 @@ class RetrievalOptions(CommonOptions):
     losses: str | None = option(
         None,
         "The loss terms as JSON or YAML: names or mappings with name, weight, candidates (own, in_batch, global), "
-        "teacher, calibration, mask_false_negatives and the loss's own options. Default: the trainer's.",
+        "teacher, calibration, mask_false_negatives and the loss's own options. Default: contrastive, or kl with a "
+        "teacher; for lexical models also flops.",
     )
     deduplicate: bool = option(
         True, "Encode a text that stands in a batch several times only once. Off for fidelity: dropout then differs."
