@@ -29,7 +29,7 @@ class SelectOptions:
     )
     rule: str = option(
         "2 <= student <= 15 and teacher == 1",
-        "Condition on the first positive's ranks in the student's and the teacher's order; scores_NAME is called NAME.",
+        "Condition on the first positive's ranks in the orders of student and teacher; scores_NAME is called NAME.",
     )
     teacher_column: str | None = option(
         None, "The only column of the rule, called teacher there. Default: scores is teacher, scores_NAME is NAME."
