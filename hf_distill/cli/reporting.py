@@ -207,21 +207,6 @@ class Report:
 
         collection = self.data.collection
         measured = self.results.get(system, {})
-        terms = ", ".join(
-            f"{label} (weight {term.weight:g}, {term.candidates.replace('_', '-')} candidates)"
-            for label, term in trainer.terms.items()
-        )
-        batch = trainer.args.per_device_train_batch_size * trainer.args.world_size
-        training = "\n".join(
-            [
-                f"- {len(rows):,} rows of *{collection.name}*, split `{self.data.train}`",
-                *(f"- Teacher: {teacher.get('model') or teacher.get('column') or teacher}" for teacher in teachers),
-                f"- Losses: {terms}",
-                f"- {trainer.state.global_step:,} steps of {batch} queries with {1 + trainer.args.num_negatives} "
-                f"passages each, learning rate {trainer.args.learning_rate:g}, seed {trainer.args.seed}",
-                "- Everything else, versions and hardware included: `run_manifest.json`",
-            ]
-        )
         write_model_card(
             self.folder,
             title=self.folder.name,
@@ -231,7 +216,7 @@ class Report:
             if measured
             else "Nothing.",
             reading=reading,
-            training=training,
+            training=self._training(trainer, rows, teachers),
             template=trainer._card,
             base_models=base_models,
             teachers=[str(teacher["model"]) for teacher in teachers if teacher.get("model")],
@@ -256,14 +241,37 @@ class Report:
                 "student": {"weights": model.weights_fingerprint(), **model_figures(model)},
                 "teachers": list(teachers),
             },
-            training={
-                "steps": trainer.state.global_step,
-                "epochs": trainer.state.epoch,
-                "best_checkpoint": trainer.state.best_model_checkpoint,
-                "losses": {label: term.__dict__ for label, term in trainer.terms.items()},
-            },
+            training=_steps(trainer),
             metrics={self.dataset: self.results} if self.results else {},
         )
+
+    def _training(self, trainer: BaseTrainer, rows: RowSet, teachers: Sequence[Mapping[str, Any]]) -> str:
+        """What the card says of the training, as a list."""
+        terms = ", ".join(
+            f"{label} (weight {term.weight:g}, {term.candidates.replace('_', '-')} candidates)"
+            for label, term in trainer.terms.items()
+        )
+        batch = trainer.args.per_device_train_batch_size * trainer.args.world_size
+        return "\n".join(
+            [
+                f"- {len(rows):,} rows of *{self.data.collection.name}*, split `{self.data.train}`",
+                *(f"- Teacher: {teacher.get('model') or teacher.get('column') or teacher}" for teacher in teachers),
+                f"- Losses: {terms}",
+                f"- {trainer.state.global_step:,} steps of {batch} queries with {1 + trainer.args.num_negatives} "
+                f"passages each, learning rate {trainer.args.learning_rate:g}, seed {trainer.args.seed}",
+                "- Everything else, versions and hardware included: `run_manifest.json`",
+            ]
+        )
+
+
+def _steps(trainer: BaseTrainer) -> dict[str, Any]:
+    """What the manifest says of the training."""
+    return {
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "best_checkpoint": trainer.state.best_model_checkpoint,
+        "losses": {label: term.__dict__ for label, term in trainer.terms.items()},
+    }
 
 
 def model_figures(model: RetrievalModel) -> dict[str, int]:

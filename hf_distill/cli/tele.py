@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .episode import answers_by_position, episode_options
 from .options import DataOptions, IndexOptions, ModelOptions, PoolsOfEpisodesOptions, TrainOptions
 from .parsing import Verb, require
+
+
+if TYPE_CHECKING:
+    from ..models.base import RetrievalModel
+    from ..trainers import TeleTrainer
+    from .steps import Data
 
 
 def _arguments() -> tuple[type, ...]:
@@ -30,8 +36,8 @@ def run(
         model=(options.model, "the pretrained model that every episode starts from, a Hub id or folder"),
         output_dir=(args.output_dir, "where the episodes and the model go"),
     )
-    from ..trainers import About, TeleTrainer
-    from . import folders, publishing, row_sets, steps
+    from ..trainers import About
+    from . import folders, publishing, steps
     from .reporting import Report
 
     publishing.check_no_checkpoint(args, "episodes")
@@ -56,17 +62,7 @@ def run(
     report = Report.of_training(data, encode, args, encode_options.index)
     report.bm25()
     report.model("before", model)
-    trainer = TeleTrainer(
-        model,
-        args,
-        collection,
-        data.train,
-        episode=episode_options(pool_options, args.seed),
-        evaluation=steps.evaluation_for(data, args, model),
-        answers=answers_by_position(pool_options.answers, collection.queries),
-        query_positions=row_sets.sampled_queries(data, pool_options.max_queries, args.seed),
-        retrieval={"factory": encode_options.index, **encode},
-    )
+    trainer = _trainer(model, args, data, pool_options, {"factory": encode_options.index, **encode})
     summary = f"`{options.model}`, trained on *{collection.name}* in {args.episodes} episodes (ANCE-Tele)."
     trainer.about = About(summary, [options.model], [collection.source])
     trainer.train()
@@ -83,6 +79,25 @@ def run(
         base_models=[options.model],
     )
     publishing.publish(trainer)
+
+
+def _trainer(
+    model: RetrievalModel, args: Any, data: Data, options: PoolsOfEpisodesOptions, retrieval: dict[str, Any]
+) -> TeleTrainer:
+    from ..trainers import TeleTrainer
+    from . import row_sets, steps
+
+    return TeleTrainer(
+        model,
+        args,
+        data.collection,
+        data.train,
+        episode=episode_options(options, args.seed),
+        evaluation=steps.evaluation_for(data, args, model),
+        answers=answers_by_position(options.answers, data.collection.queries),
+        query_positions=row_sets.sampled_queries(data, options.max_queries, args.seed),
+        retrieval=retrieval,
+    )
 
 
 VERB = Verb(

@@ -231,50 +231,71 @@ def compare_systems(
         raise InputError(
             f"there is no system {baseline!r}", where="baseline", cure=f"Choose one of {', '.join(names)}"
         )
-    common = [name for name in _measures(systems[baseline]) if all(name in _measures(s) for s in systems.values())]
-    for measure in measures or ():
-        if measure not in common:
-            lacking = [name for name in names if measure not in _measures(systems[name])]
-            raise InputError(
-                f"{', '.join(lacking)} was not measured by {measure}",
-                where="measures",
-                cure=f"Choose among {', '.join(common) or '(they have none in common)'}, or measure again",
-            )
+    chosen = _common_measures(systems, baseline, measures)
     if all_pairs:
         pairs = [(a, b) for place, a in enumerate(names) for b in names[place + 1 :]]
     else:
         pairs = [(baseline, name) for name in names if name != baseline]
     queries = sorted(systems[baseline])
     result = []
-    for measure in measures or common:
+    for measure in chosen:
         values = {name: np.array([systems[name][query][measure] for query in queries]) for name in names}
-        random = [paired_randomization_test(values[a], values[b], samples=samples, seed=seed) for a, b in pairs]
-        student = [paired_t_test(values[a], values[b], confidence=1 - alpha) for a, b in pairs]
-        adjusted = adjust_p_values(random, correction)
-        adjusted_t = adjust_p_values([test.p_value for test in student], correction)
-        for number, (a, b) in enumerate(pairs):
-            gain = values[b] - values[a]
-            result.append(
-                Comparison(
-                    measure=measure,
-                    baseline=a,
-                    system=b,
-                    n_queries=len(queries),
-                    baseline_mean=float(values[a].mean()),
-                    system_mean=float(values[b].mean()),
-                    difference=float(gain.mean()),
-                    interval=student[number].interval,
-                    effect_size=student[number].effect_size,
-                    wins=int((gain > 0).sum()),
-                    losses=int((gain < 0).sum()),
-                    ties=int((gain == 0).sum()),
-                    p_randomization=random[number],
-                    p_t_test=student[number].p_value,
-                    p_randomization_adjusted=adjusted[number],
-                    p_t_test_adjusted=adjusted_t[number],
-                    significant=adjusted[number] <= alpha,
-                )
+        result += _compare_pairs(measure, values, pairs, correction, alpha, samples, seed)
+    return result
+
+
+def _common_measures(systems: Mapping[str, PerQuery], baseline: str, measures: Sequence[str] | None) -> Sequence[str]:
+    """The measures asked for, which all systems must have; by default all that they have, in the baseline's order."""
+    common = [name for name in _measures(systems[baseline]) if all(name in _measures(s) for s in systems.values())]
+    for measure in measures or ():
+        if measure not in common:
+            lacking = [name for name in systems if measure not in _measures(systems[name])]
+            raise InputError(
+                f"{', '.join(lacking)} was not measured by {measure}",
+                where="measures",
+                cure=f"Choose among {', '.join(common) or '(they have none in common)'}, or measure again",
             )
+    return measures or common
+
+
+def _compare_pairs(
+    measure: str,
+    values: Mapping[str, np.ndarray],
+    pairs: Sequence[tuple[str, str]],
+    correction: str,
+    alpha: float,
+    samples: int,
+    seed: int,
+) -> list[Comparison]:
+    """The family of comparisons on one measure; `values` are those of the same queries, `float[n]` each."""
+    random = [paired_randomization_test(values[a], values[b], samples=samples, seed=seed) for a, b in pairs]
+    student = [paired_t_test(values[a], values[b], confidence=1 - alpha) for a, b in pairs]
+    adjusted = adjust_p_values(random, correction)
+    adjusted_t = adjust_p_values([test.p_value for test in student], correction)
+    result = []
+    for number, (a, b) in enumerate(pairs):
+        gain = values[b] - values[a]
+        result.append(
+            Comparison(
+                measure=measure,
+                baseline=a,
+                system=b,
+                n_queries=len(gain),
+                baseline_mean=float(values[a].mean()),
+                system_mean=float(values[b].mean()),
+                difference=float(gain.mean()),
+                interval=student[number].interval,
+                effect_size=student[number].effect_size,
+                wins=int((gain > 0).sum()),
+                losses=int((gain < 0).sum()),
+                ties=int((gain == 0).sum()),
+                p_randomization=random[number],
+                p_t_test=student[number].p_value,
+                p_randomization_adjusted=adjusted[number],
+                p_t_test_adjusted=adjusted_t[number],
+                significant=adjusted[number] <= alpha,
+            )
+        )
     return result
 
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from ..files import write_text
 from .client import split_revision
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 
 def template_path(name: str) -> Path:
@@ -112,21 +117,8 @@ def write_model_card(
     Returns:
         The file's path.
     """
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+    from huggingface_hub import ModelCard, ModelCardData
 
-    evaluations = [
-        EvalResult(
-            task_type="text-retrieval",
-            dataset_type=collection or "local",
-            dataset_name=collection or "local",
-            dataset_split=split,
-            dataset_revision=dataset_revision,
-            metric_type=name.lower().replace("@", "_at_"),
-            metric_name=name,
-            metric_value=round(float(value), 4),
-        )
-        for name, value in (measured or {}).items()
-    ]
     library = "transformers" if kind == "masked_lm" else "sentence-transformers"
     data = ModelCardData(
         library_name=library,
@@ -135,7 +127,7 @@ def write_model_card(
         datasets=on_hub(datasets) or None,
         tags=[*dict.fromkeys([library, *tags])],
         model_name=title,
-        eval_results=evaluations or None,
+        eval_results=_evaluations(measured or {}, collection or "local", split, dataset_revision) or None,
         **({"teachers": on_hub(teachers)} if on_hub(teachers) else {}),
     )
     card = ModelCard.from_template(
@@ -152,6 +144,27 @@ def write_model_card(
     path = Path(folder) / "README.md"
     write_text(path, str(card))
     return path
+
+
+def _evaluations(
+    measured: Mapping[str, float], dataset: str, split: str | None, revision: str | None
+) -> list[EvalResult]:
+    """Measures as the metadata of a card has them."""
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="text-retrieval",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split=split,
+            dataset_revision=revision,
+            metric_type=name.lower().replace("@", "_at_"),
+            metric_name=name,
+            metric_value=round(float(value), 4),
+        )
+        for name, value in measured.items()
+    ]
 
 
 def on_hub(names: Sequence[str]) -> list[str]:

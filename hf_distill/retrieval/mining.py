@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,18 +163,11 @@ def mine(
     known = KnownPositives(collection, split, options.threshold)
     source = source or made_by["name"]
     first, last = options.window or (1, depth)
-    teacher_scores = None
     candidates = Candidates(run, known, (first, min(last, depth)), scorer)
-    teacher = None
+    teacher = teacher_scores = None
     if filter_teacher is not None:
         judge = as_inference_model(filter_teacher, **settings)
-        everything = _rows(candidates, candidates.masks(), collection, "candidate", {}, {"all": True}, cache_dir)
-        judged = score_rows(judge, everything, column="scores", storage=storage, cache_dir=cache_dir)
-        teacher_scores = np.concatenate(
-            [block.column("scores").combine_chunks().flatten().to_numpy() for block in judged.blocks()]
-        )
-        teacher = model_identity(judge)
-        candidates.judge(teacher_scores)
+        teacher, teacher_scores = model_identity(judge), _judge(judge, candidates, collection, storage, cache_dir)
     masks, report = _choose(candidates, options, collection)
     report["queries_without_results"] = missing
     metadata = {
@@ -193,15 +186,7 @@ def mine(
         metadata["teachers"] = {"scores": teacher}
     key = {"teacher": None if teacher_scores is None else digest(teacher_scores), "options": asdict(options)}
     rows = _rows(candidates, masks, collection, source, metadata, key, cache_dir)
-    logger.info(
-        "mined %s rows: %s negatives, %s positives removed from the results%s",
-        f"{report['rows']:,}",
-        f"{report['negatives']:,}",
-        f"{report['positives_removed']:,}",
-        f"; {report['queries_without_negatives']:,} queries had none left and are dropped"
-        if report["queries_without_negatives"]
-        else "",
-    )
+    _log(report)
     return rows
 
 
@@ -302,6 +287,19 @@ def _retrieve(
         )
 
     return run, made_by, scorer
+
+
+def _judge(
+    judge: InferenceModel, candidates: Candidates, collection: Collection, storage: str, cache_dir: Any
+) -> np.ndarray:
+    """Gives the candidates the scores of a teacher; they are returned too."""
+    everything = _rows(candidates, candidates.masks(), collection, "candidate", {}, {"all": True}, cache_dir)
+    judged = score_rows(judge, everything, column="scores", storage=storage, cache_dir=cache_dir)
+    scores = np.concatenate(
+        [block.column("scores").combine_chunks().flatten().to_numpy() for block in judged.blocks()]
+    )
+    candidates.judge(scores)
+    return scores
 
 
 def _choose(
@@ -440,6 +438,17 @@ def _batch(block: Any, chosen: np.ndarray, rows: np.ndarray, source: str) -> dic
     if block.positive_judged is not None:
         batch["scores"] = lists(block.positive_judged, block.judged[chosen], pa.float32())
     return batch
+
+
+def _log(report: Mapping[str, Any]) -> None:
+    without = report["queries_without_negatives"]
+    logger.info(
+        "mined %s rows: %s negatives, %s positives removed from the results%s",
+        f"{report['rows']:,}",
+        f"{report['negatives']:,}",
+        f"{report['positives_removed']:,}",
+        f"; {without:,} queries had none left and are dropped" if without else "",
+    )
 
 
 def _histogram(margins: np.ndarray) -> dict[str, list]:

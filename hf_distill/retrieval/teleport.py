@@ -162,60 +162,25 @@ def mine_episode(
     settings = {"factory": factory, "dtype": dtype, "token_budget": token_budget, "storage": storage}
     settings |= {"device": device, "cache_dir": cache_dir}
     miner = _Miner(retriever, collection, options.depth, settings)
-    qrels = collection.split(split)
-    queries = qrels.query_positions(options.threshold)
-    if answers is not None:
-        queries = np.union1d(queries, np.fromiter(answers, np.int64, len(answers)))
-    if query_positions is not None:
-        queries = np.intersect1d(queries, np.asarray(query_positions, np.int64))
-    if not len(queries):
-        raise InputError("no query to mine for", where=f"split {split!r}", cure="Give queries with a positive")
-    if answers is None:
-        anchors = first_positives(qrels, queries, options.threshold)
-        run, around = miner.both(queries, anchors)
-    else:
-        run = miner.of_queries(queries)
-        forbidden = answer_mask(run, collection, answers)
-        qrels = _answered_qrels(qrels, run, forbidden, options.threshold)
-        collection = replace(collection, qrels={**collection.qrels, split: qrels})
-        queries = np.intersect1d(queries, qrels.query_positions(options.threshold))
-        anchors = first_positives(qrels, queries, options.threshold)
-        around = miner.of_passages(queries, anchors)
-    parts, groups, drawn = [], {}, {}
-    for source, group, found, count in (
-        (QUERY, QUERY, run, options.query_negatives),
-        (POSITIVE, LOOKAHEAD, around, options.positive_negatives),
-    ):
-        if not count:
-            continue
-        answered = None
-        if answers is not None:
-            answered = answer_mask(found, collection, answers)
-            found = without(found, answered)
-        name = f"{source}@{number}"
-        part = _draw(found, collection, split, name, count, number, options, cache_dir)
-        parts.append(part)
-        groups[group] = [name]
-        drawn[name] = _drawn(part, answered)
-    with_momentum = options.momentum and previous is not None
-    if with_momentum and options.keep_queries == "previous":
-        parts.insert(0, previous)
-    elif with_momentum:
-        parts.append(previous)
-    rows = concatenate_pools(parts, cache_dir=cache_dir)
+    queries = _queries(collection, split, options.threshold, answers, query_positions)
+    found = _neighbours(miner, collection, split, queries, options.threshold, answers)
+    parts = _draw_parts(found, split, number, options, answers, cache_dir)
+    kept = previous if options.momentum else None
+    rows = concatenate_pools(_in_order(parts, kept, options.keep_queries), cache_dir=cache_dir)
+    groups = {part.group: [part.name] for part in parts}
     if options.momentum:
-        groups[MOMENTUM] = _sources(previous) if with_momentum else []
+        groups[MOMENTUM] = [] if kept is None else _sources(kept)
     report = {
         "episode": number,
         "miner": miner.identity,
         "split": split,
         **asdict(options),
         "answers": answers is not None,
-        "queries": len(queries),
+        "queries": len(found.queries),
         "rows": len(rows),
         "negatives": int((rows.lengths - rows.num_positives).sum()),
-        "sources": drawn,
-        "previous": previous.metadata.get("teleport") if with_momentum else None,
+        "sources": {part.name: part.counts for part in parts},
+        "previous": None if kept is None else kept.metadata.get("teleport"),
     }
     rows.metadata[SOURCE_GROUPS] = groups
     rows.metadata["teleport"] = report
@@ -224,9 +189,11 @@ def mine_episode(
         number,
         f"{len(rows):,}",
         f"{report['negatives']:,}",
-        f", {len(rows) - len(queries):+,} queries against those mined now" if len(rows) != len(queries) else "",
+        f", {len(rows) - len(found.queries):+,} queries against those mined now"
+        if len(rows) != len(found.queries)
+        else "",
     )
-    return Episode(number, rows, run, report)
+    return Episode(number, rows, found.run, report)
 
 
 def first_positives(qrels: Qrels, queries: np.ndarray, threshold: int = 1) -> np.ndarray:
@@ -283,11 +250,118 @@ def _answered_qrels(qrels: Qrels, run: Run, answered: np.ndarray, threshold: int
     )
 
 
-def _drawn(part: RowSet, answered: np.ndarray | None) -> dict[str, int]:
+def _queries(
+    collection: Collection,
+    split: str,
+    threshold: int,
+    answers: Mapping[int, Sequence[str]] | None,
+    query_positions: Sequence[int] | np.ndarray | None,
+) -> np.ndarray:
+    """Positions of the queries to mine for: those with a positive or with answers."""
+    queries = collection.split(split).query_positions(threshold)
+    if answers is not None:
+        queries = np.union1d(queries, np.fromiter(answers, np.int64, len(answers)))
+    if query_positions is not None:
+        queries = np.intersect1d(queries, np.asarray(query_positions, np.int64))
+    if not len(queries):
+        raise InputError("no query to mine for", where=f"split {split!r}", cure="Give queries with a positive")
+    return queries
+
+
+@dataclass(frozen=True)
+class _Neighbours:
+    """What the negatives of an episode are drawn from.
+
+    Attributes:
+        collection: Its judgements give each of the queries a positive.
+        queries: `int64[n]`.
+        run: The nearest passages of the queries.
+        around: The nearest passages of their positives.
+    """
+
+    collection: Collection
+    queries: np.ndarray
+    run: Run
+    around: Run
+
+
+def _neighbours(
+    miner: _Miner,
+    collection: Collection,
+    split: str,
+    queries: np.ndarray,
+    threshold: int,
+    answers: Mapping[int, Sequence[str]] | None,
+) -> _Neighbours:
+    """Both searches; with answers the second has to wait for the positives that the first one finds."""
+    qrels = collection.split(split)
+    if answers is None:
+        anchors = first_positives(qrels, queries, threshold)
+        return _Neighbours(collection, queries, *miner.both(queries, anchors))
+    run = miner.of_queries(queries)
+    qrels = _answered_qrels(qrels, run, answer_mask(run, collection, answers), threshold)
+    queries = np.intersect1d(queries, qrels.query_positions(threshold))
+    around = miner.of_passages(queries, first_positives(qrels, queries, threshold))
+    judged = replace(collection, qrels={**collection.qrels, split: qrels})
+    return _Neighbours(judged, queries, run, around)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one source gives to the pool of an episode.
+
+    Attributes:
+        group: By which weights in training name the source.
+        name: Of the source, with the episode.
+        rows: Its negatives.
+        counts: How many, and what was removed from its results.
+    """
+
+    group: str
+    name: str
+    rows: RowSet
+    counts: dict[str, int]
+
+
+def _draw_parts(
+    found: _Neighbours,
+    split: str,
+    number: int,
+    options: EpisodeOptions,
+    answers: Mapping[int, Sequence[str]] | None,
+    cache_dir: Any,
+) -> list[_Part]:
+    """Draws from both searches, as many as the options say."""
+    parts = []
+    for source, group, run, count in (
+        (QUERY, QUERY, found.run, options.query_negatives),
+        (POSITIVE, LOOKAHEAD, found.around, options.positive_negatives),
+    ):
+        if not count:
+            continue
+        answered = None
+        if answers is not None:
+            answered = answer_mask(run, found.collection, answers)
+            run = without(run, answered)
+        name = f"{source}@{number}"
+        rows = _draw(run, found.collection, split, name, count, number, options, cache_dir)
+        parts.append(_Part(group, name, rows, _counts(rows, answered)))
+    return parts
+
+
+def _counts(rows: RowSet, answered: np.ndarray | None) -> dict[str, int]:
     """What a source gave, and what was removed from its results."""
-    mining = part.metadata["mining"]
+    mining = rows.metadata["mining"]
     counts = {name: mining[name] for name in ("negatives", "positives_removed", "seed")}
     return counts if answered is None else {**counts, "answers_removed": int(answered.sum())}
+
+
+def _in_order(parts: list[_Part], previous: RowSet | None, keep_queries: str) -> list[RowSet]:
+    """The pools to put together; the first one says which queries and positives the result has."""
+    own = [part.rows for part in parts]
+    if previous is None:
+        return own
+    return [previous, *own] if keep_queries == "previous" else [*own, previous]
 
 
 def _sources(rows: RowSet) -> list[str]:
