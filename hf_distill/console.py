@@ -9,6 +9,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 
+# Of tables where there is no screen.
+_PAGE_WIDTH = 160
+# How narrow a table's columns become: free text, which gives way first, and then long names.
+_NARROW_TEXT, _NARROW_NAME = 24, 16
+
+
 def is_main_process() -> bool:
     """True in the process of rank 0, also before any process group exists."""
     return int(os.environ.get("RANK", 0)) == 0
@@ -59,21 +65,48 @@ def progress(items: Iterable | None = None, *, total: int | None = None, label: 
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints a table on standard output; every column but the first is right-aligned."""
+    """Prints a table on standard output; every column but the first is right-aligned.
+
+    Nothing is cut off: on a narrow screen lines break between words, then long names within, and at last the table is
+    wider than the screen.
+    """
     if not is_main_process():
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
-    for position, column in enumerate(columns):
-        table.add_column(column, justify="left" if position == 0 else "right", no_wrap=position == 0)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    console = Console()
+    cells = [[str(cell) for cell in row] for row in rows]
+    # Names may hold what rich takes for its own markup, such as [brackets].
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(width=160)
+        console.width = _PAGE_WIDTH
+    lines = 3 * len(columns) + 1
+    widths = _column_widths([columns, *cells], console.width - lines)
+    console.width = max(console.width, sum(widths) + lines)
+    table = Table(title=title, title_justify="left")
+    for position, (column, width) in enumerate(zip(columns, widths)):
+        table.add_column(column, justify="left" if position == 0 else "right", width=width, overflow="fold")
+    for row in cells:
+        table.add_row(*row)
     console.print(table)
+
+
+def _column_widths(rows: Sequence[Sequence[str]], room: int) -> list[int]:
+    """Widths of columns that fit into `room` together where they can; the widest ones give way first."""
+    from rich.cells import cell_len
+
+    def widest(column: Sequence[str], separator: str | None) -> int:
+        return max(cell_len(part) for cell in column for part in ["", *cell.split(separator)])
+
+    columns = list(zip(*rows))
+    widths = [widest(column, "\n") for column in columns]
+    words = [widest(column, None) for column in columns]
+    text = [max(word, min(width, _NARROW_TEXT)) for word, width in zip(words, widths)]
+    for least in (text, [min(word, _NARROW_NAME) for word in words]):
+        while sum(widths) > room and widths != least:
+            place = max(range(len(widths)), key=lambda one: (widths[one] > least[one], widths[one]))
+            widths[place] -= 1
+    return widths
 
 
 def duration(seconds: float) -> str:
