@@ -26,25 +26,25 @@ class CompareOptions:
 
     systems: list[str] | None = option(
         None,
-        "TREC runs, output folders, folder:system, or files of per_query/ (may stand first, without the flag). A "
-        "folder alone stands for all of its systems, one of several for its student.",
+        "TREC runs, output folders, folder:system, or files of per_query/ (may stand first, without the flag). One "
+        "folder alone stands for all of its systems; one of several folders stands for its student.",
     )
     names: list[str] | None = option(
         None, "Names in the table; name@1 and name@2 are two seeds of one system. Default: made from the files."
     )
     split: str | None = option(None, "Judgements to use. Default: those in the files' names, else test.")
     measures: str | None = option(
-        None, "Default: nDCG@10,RR@10,R@100 with --data, else the measures that all systems have."
+        None, "Measures to compare. Default: nDCG@10,RR@10,R@100 with --data, else those that all systems have."
     )
     baseline: str | None = option(None, "The system that the others are compared with. Default: the first.")
-    all_pairs: bool = option(False, "Compare every two systems instead.")
+    all_pairs: bool = option(False, "Compare every pair of systems instead.")
     correction: str = option("holm", "For several comparisons on one measure.", choices=["holm", "bonferroni", "none"])
-    alpha: float = option(0.05, "Chance of a false claim that is accepted.")
+    alpha: float = option(0.05, "Significance level: the largest corrected p-value that is significant.")
     samples: int = option(100_000, "Random swaps of the randomisation test, which is exact for few queries.")
-    seed: int = option(0, "Of these swaps.")
+    seed: int = option(0, "Seed of these swaps.")
     changed: int = option(5, "Queries to show that changed most, for each comparison.")
     relevance: int = option(1, "Lowest grade that counts as relevant, where runs are measured.")
-    output_dir: str | None = option(None, "Folder for comparison.md and comparison.json.")
+    output_dir: str | None = option(None, "Folder for comparison.md and comparison.json. Default: none.")
 
 
 def run(data_options: CollectionOptions, options: CompareOptions) -> None:

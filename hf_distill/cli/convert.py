@@ -27,27 +27,27 @@ class ConvertOptions:
 
     input: list[str] | None = option(
         None,
-        "Files, folders or Hub ids. Where a file does not show what it is, say it: corpus=FILE, titles=FILE, "
+        "Files, folders or Hub ids. If a file is not recognised, say what it is: corpus=FILE, titles=FILE, "
         "queries=FILE, qrels:dev=FILE, negatives:bm25=FILE, triples=FILE, run=FILE, scores=FILE.",
     )
     output_dir: str | None = option(None, "A new or empty folder.")
-    format: str = option("auto", "What inputs are that do not say so, tevatron or hard_negatives for example.")
+    format: str = option("auto", "Format of inputs that are not recognised, for example tevatron or hard_negatives.")
     revision: str | None = option(
         None, "Branch, tag or commit of inputs on the Hub; user/name@REVISION gives one input its own."
     )
     name: str | None = option(None, "The collection's name. Default: after the input.")
     corpus_columns: str | None = option(
-        None, "The fields of a file of passages without a header: 'document_id,text,title'. Default: by their number."
+        None, "Fields of a file of passages without a header: 'document_id,text,title'. Default: by how many they are."
     )
     unknown_ids: str = option(
         "error", "Judgements and rows of unknown queries or documents: stop, or leave them out.",
         choices=["error", "drop"],
     )  # fmt: skip
     allow_pickle: bool = option(
-        False, "Read pickles of scores or negatives. Nothing in them is run: all but numbers and strings is refused."
+        False, "Read pickles of scores or negatives. No code in them is run: only plain data is read."
     )
     cache_dir: str | None = option(
-        None, "Where scores and lines that have to be ordered are kept. Default: beside the output, until it is done."
+        None, "Folder for intermediate files. Default: beside the output, until the conversion is done."
     )
 
 

@@ -45,7 +45,7 @@ class DemoOptions:
 
     output_dir: str = option("outputs/demo", "Folder for the collection, the student and the figures.")
     num_passages: int = option(8000, "Functions and classes whose documentation is collected.")
-    seed: int = option(13, "Of the collection and of training.")
+    seed: int = option(13, "Seed of the collection and of training.")
     teacher: str = option("sentence-transformers/all-MiniLM-L6-v2", "The teacher.")
     student: str = option("layers:1,5,6", "The student: here layers 1, 5 and 6 of the six of the teacher.")
 

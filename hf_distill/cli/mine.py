@@ -21,16 +21,16 @@ class MineOptions(PushToOptions):
 
     _argument_group_name = "mining"
 
-    model: str | None = option(None, "Who finds the candidates: a Hub id or folder of a bi-encoder, or bm25.")
+    model: str | None = option(None, "What finds the candidates: a Hub id or folder of a bi-encoder, or bm25.")
     model_revision: str | None = option(None, "Its branch, tag or commit.")
     run: str | None = option(None, "Take the candidates of this TREC run instead.")
     train_split: str = option("train", "Judgements whose queries get rows.")
     include_unlabelled: bool = option(False, "Also make rows for queries without a positive.")
     filter_teacher: str | None = option(
-        None, "A model whose scores the margin refers to instead of the retriever's: false negatives are found by it."
+        None, "A model whose scores are used for --mine_margin instead of the retriever's."
     )
     name: str | None = option(None, "Name of the row set. Default: the model's.")
-    seed: int = option(42, "Of sampling.")
+    seed: int = option(42, "Seed of all samples.")
     output_dir: str | None = option(
         None, "Folder of the row set. Default: inside the collection, if that is a folder in this project's layout."
     )

@@ -63,7 +63,7 @@ class RowOptions(PoolOptions):
     rows: str | None = option(
         None,
         "A row set: a name in the collection, a folder, a file, or a Hub id (id:NAME where it holds several). "
-        "Default: mined now, as the options here say.",
+        "Default: mined now, with the options of this group.",
     )
     rows_revision: str | None = option(None, "Branch, tag or commit of a row set on the Hub.")
     streaming: bool = option(
@@ -72,7 +72,7 @@ class RowOptions(PoolOptions):
     )
     mine_with: str = option(
         "auto",
-        "Who finds the candidates: auto (a bi-encoder teacher, else bm25), bm25, teacher, student, "
+        "What finds the candidates: auto (a bi-encoder teacher, else bm25), bm25, teacher, student, "
         "or a model id or folder.",
     )
 
@@ -97,21 +97,21 @@ class ModelOptions:
     projection_dim: int | None = option(None, "Size of a projection after pooling. Default: none.")
     tied: bool | None = option(None, "One tower for queries and passages (true) or two (false).")
     pooled_tokens: str | None = option(
-        None, "Of a lexical model: whose terms count, all tokens', text (no special ones') or inner (not the ends')."
+        None, "Lexical models: which tokens count: all, text (no special tokens) or inner (not the first and last)."
     )
-    query_terms: int | None = option(None, "Of a lexical model: keep this many of a query's heaviest terms.")
-    passage_terms: int | None = option(None, "Of a lexical model: keep this many of a passage's heaviest terms.")
+    query_terms: int | None = option(None, "Lexical models: keep only this many terms of a query, the largest.")
+    passage_terms: int | None = option(None, "Lexical models: keep only this many terms of a passage, the largest.")
     head: str | None = option(
-        None, "Of a new cross-encoder: full, its architecture's head, or linear, one layer on the first token."
+        None, "New cross-encoders: full (the head of the architecture) or linear (one layer on the first token)."
     )
     new_head: str | None = option(
-        None, "Of a lexical model: how to start a masked-LM head that the checkpoint lacks, identity or random."
+        None, "Lexical models: how to start a masked-LM head that the checkpoint lacks, identity or random."
     )
     query_expansion: int | None = option(
-        None, "Of a multi-vector model: fill queries up to this width with [MASK] tokens. Default: query_length."
+        None, "Multi-vector models: fill queries up to this length with [MASK] tokens. Default: query_length."
     )
     skip_punctuation: bool | None = option(
-        None, "Of a multi-vector model: leave punctuation out of passages. Default: as the checkpoint says."
+        None, "Multi-vector models: leave punctuation out of passages. Default: as the checkpoint says."
     )
 
 
@@ -226,11 +226,11 @@ class EpisodeMiningOptions(PoolsOfEpisodesOptions, PushToOptions):
     _argument_group_name = "episode"
 
     model: str | None = option(
-        None, "The miner: the model of the episode before, in the first one the pretrained model; or bm25."
+        None, "What mines: the model of the episode before (for the first episode the pretrained model), or bm25."
     )
     model_revision: str | None = option(None, "Its branch, tag or commit.")
-    episode: int = option(1, "Its number, from 1.")
+    episode: int = option(1, "Number of the episode, from 1.")
     previous: str | None = option(None, "The pool of the episode before, a row set's name or folder, for momentum.")
     train_split: str = option("train", "Judgements whose queries get rows.")
-    seed: int = option(42, "Of the draws.")
+    seed: int = option(42, "Seed of the draws.")
     output_dir: str | None = option(None, "Folder of the pool.")

@@ -25,7 +25,7 @@ class PushOptions:
     )
     private: bool | None = option(None, "Whether a new repository is private. Default: as the account is set up.")
     revision: str | None = option(None, "The branch; it is made if there is none. Default: main.")
-    message: str | None = option(None, "Of the commit.")
+    message: str | None = option(None, "Message of the commit.")
     overwrite: bool = option(False, "Replace the files of another run in the repository.")
     data: str | None = option(
         None, "For rows: the collection that they belong to. Default: what their manifest names, or the folder around."

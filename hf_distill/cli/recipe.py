@@ -23,7 +23,7 @@ class RecipeOptions:
     recipe: str | None = option(
         None, "A YAML file, or the name of a recipe that comes with the package. May stand first, without the flag."
     )
-    profile: str | None = option(None, "One of the recipe's profiles, small say.")
+    profile: str | None = option(None, "One of the recipe's profiles, for example small.")
     set: list[str] | None = option(
         None, "Overrides: variable=value or stage.field=value, the value as YAML; the flag may be repeated."
     )
@@ -32,7 +32,7 @@ class RecipeOptions:
     dry_run: bool = option(False, "Check everything, print the plan with its estimate, and stop.")
     output_dir: str | None = option(None, "Folder of the run. Default: outputs/NAME-PROFILE.")
     push_to: str | None = option(
-        None, "Push every finished stage to this Hub repository, a branch each; what is no model to a dataset."
+        None, "Push every finished stage to a branch of this Hub repository; rows and figures to a dataset so named."
     )
     pull_from: str | None = option(None, "Take finished stages from this Hub repository instead of doing them.")
 

@@ -38,7 +38,7 @@ class ScoreOptions(PushToOptions):
         "(layer_scores_teacher of the primary teacher).",
     )
     max_queries: int | None = option(None, "Score the rows of this many queries, a seeded sample. Default: all.")
-    seed: int = option(42, "Of the sample.")
+    seed: int = option(42, "Seed of the sample.")
     length: int | None = option(
         None, "Longest pair (of a bi-encoder: passage) that the teacher reads. Default: as it was trained."
     )

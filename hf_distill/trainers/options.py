@@ -17,11 +17,9 @@ class CommonOptions:
     dropout: float | None = option(None, "Dropout of the trained model. Default: the checkpoint's own.")
     freeze_embeddings: bool = option(
         False,
-        "Leave the word embeddings as they are: most of a small model's weights, and a student has its teacher's.",
+        "Do not train the word embeddings, which are most of a small model's weights.",
     )
-    stop_after: int | None = option(
-        None, "Stop after this many steps, with the learning rates that the whole run has until then."
-    )
+    stop_after: int | None = option(None, "Stop after this many steps; the learning rates are those of the whole run.")
 
 
 @dataclass
@@ -40,7 +38,7 @@ class RetrievalOptions(CommonOptions):
     num_negatives: int = option(7, "Negatives of each query in a batch, drawn from the row's pool.")
     negative_sampling: str = option(
         "random",
-        "How negatives are drawn from the pool: at random, the first ones, or the next ones of a pool shuffled once.",
+        "How negatives are drawn from the pool: random, hardest (the first), or window (in turn, shuffled once).",
         choices=["random", "hardest", "window"],
     )
     positive_sampling: str = option(
@@ -50,7 +48,7 @@ class RetrievalOptions(CommonOptions):
         None, 'Weights of the pool\'s sources as JSON, for example \'{"bm25": 1, "dense": 2}\'. Default: all alike.'
     )
     shuffle_buffer: int = option(
-        10_000, "Streamed rows that are shuffled together, beside the order of their files. 0: rows in their order."
+        10_000, "Streamed rows that are shuffled together. 0: rows in the order of their files."
     )
     losses: str | None = option(
         None,
@@ -59,7 +57,7 @@ class RetrievalOptions(CommonOptions):
         "teacher; for lexical models also flops.",
     )
     deduplicate: bool = option(
-        True, "Encode a text that stands in a batch several times only once. Off for fidelity: dropout then differs."
+        True, "Encode a text that is in a batch several times only once. Dropout then is the same for all copies."
     )
     passage_chunks: int | None = option(
         None, "Length-sorted chunks a batch's passages are encoded in. Default: 4 on a CPU, 1 on a GPU."
@@ -78,7 +76,7 @@ class RetrievalOptions(CommonOptions):
         None, "Evaluate during training on this many queries, a seeded sample. Default: all."
     )
     track_forgetting: bool = option(
-        False, "Log what every evaluation has learned and forgotten since the one before, and keep all queries' ranks."
+        False, "Log the share of queries that each evaluation ranks better or worse than the last, and keep all ranks."
     )
 
 
@@ -110,7 +108,7 @@ class DistillOptions(RetrievalOptions):
     teacher_warmup_steps: float | None = option(
         None, "Its linear warm-up: a number of steps, or below 1 a share of all steps. Default: the student's."
     )
-    teacher_lr_scheduler_type: str | None = option(None, "Its schedule, linear say. Default: the student's.")
+    teacher_lr_scheduler_type: str | None = option(None, "Its schedule, for example linear. Default: the student's.")
     calibration_rows: int = option(
         1024, "Rows whose teacher scores are looked at before training: for warnings and for fitted temperatures."
     )
