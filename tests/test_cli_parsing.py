@@ -108,12 +108,22 @@ def test_help_is_instant_and_imports_nothing_heavy(verb):
     assert done.stdout == _parser(module.VERB, module.VERB.options).format_help()  # of the parser that a run has
 
 
-@pytest.mark.parametrize("verb", ["distill", "train", "mine", "score", "evaluate", "search"])
+@pytest.mark.parametrize("verb", ["distill", "progressive", "train", "tele", "mine", "score", "evaluate", "search"])
 def test_a_run_without_arguments_says_what_is_missing(verb, capsys):
     with pytest.raises(SystemExit) as end:
         main([verb])
     assert end.value.code == 2
-    assert "still needs --data" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "still needs --data" in said
+    assert ("--output_dir" in said) == (verb in ("distill", "progressive", "train", "tele"))
+
+
+def test_a_pretraining_needs_a_folder_too(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--model", "m", "--data", "d"])
+    assert "--output_dir (where the model goes)" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_unknown_verb(capsys):

@@ -108,9 +108,12 @@ def test_run_again_is_the_same_run(distilled, micro, tiny_bert_source, capsys):
 
 
 def test_plan_only_does_nothing(micro, tiny_bert, tmp_path, capsys):
-    distill(micro, tiny_bert, tmp_path / "out", "--plan_only", "true")
-    shown = capsys.readouterr().out
-    assert "train the student: 8 steps of 8 queries" in shown
+    lines = {"cached": "measure the student", "live": "read the same batches with", "joint": "train teacher along"}
+    for mode, line in lines.items():
+        distill(micro, tiny_bert, tmp_path / "out", "--plan_only", "true", "--teacher_mode", mode)
+        shown = capsys.readouterr().out
+        assert "train the student: 8 steps of 8 queries" in shown
+        assert line in shown
     assert not (tmp_path / "out").exists()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hf_distill.recipes import load_recipe
+from hf_distill.recipes.cost import Cost
+from hf_distill.recipes.records import Workspace
 
 
 PAPER = ("paper", "paper_12de_6de", "paper_12ce_6de", "paper_24cb_12de", "paper_document")
@@ -56,3 +58,14 @@ def test_every_baseline_starts_from_the_same_student():
         differing = {key for key in reference if settings.get(key) != reference[key]}
         assert settings["method"] == method and differing <= {"method", "teacher_mode"}
     assert all(f"${{{name}}}" in stages["figures"].settings["model"] for name in (*methods, "lead", "response"))
+
+
+def test_a_teacher_that_learns_along_is_reckoned_with(micro, tiny_bert, tmp_path):
+    """Two models of one size that are trained together take twice the work; the student is measured."""
+    recipe = load_recipe("lead", "smoke", [f"data={micro}", f"miner={tiny_bert}", "student_layers=null"])
+    cost = Cost(recipe, Workspace(tmp_path))
+    together, alone = cost.flops("lead"), cost.flops("no_teacher")
+    sizes = cost._collection(str(micro))
+    student = recipe.stages["no_teacher"]
+    steps = cost._training(student, sizes, cost._model("${no_teacher}"))
+    assert together - alone == pytest.approx(steps)

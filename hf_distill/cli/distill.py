@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .options import DataOptions, IndexOptions, ModelOptions, RowOptions, StudentOptions
+from .options import DataOptions, DistillHelp, IndexOptions, ModelOptions, RowOptions, StudentOptions
 from .parsing import Verb, require
 
 
@@ -38,7 +38,7 @@ def run(
 VERB = Verb(
     "distill",
     "Train a small student from a strong teacher: mines, scores, trains and evaluates what is missing.",
-    (DataOptions, StudentOptions, RowOptions, ModelOptions, IndexOptions),
+    (DataOptions, StudentOptions, RowOptions, ModelOptions, IndexOptions, DistillHelp),
     run,
     _arguments,
     "hf-distill distill --teacher sentence-transformers/all-MiniLM-L6-v2 --student layers:3 --data BeIR/scifact "

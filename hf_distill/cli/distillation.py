@@ -276,6 +276,13 @@ class Distillation:
         if tests:
             lines.append(("measure the student before training", before))
         lines.append((f"train the student: {steps:,} steps of {self._batch()} queries", steps * step))
+        for spec in self.teachers:
+            if spec.model is not None and self.options.teacher_mode in ("live", "joint"):
+                joint = self.options.teacher_mode == "joint"
+                pairs = (1 + args.num_negatives) * self._batch()
+                reading = seconds(spec.model, steps * (pairs if spec.is_ranker else int(texts)), pairs=spec.is_ranker)
+                what = f"train {spec.name} along" if joint else f"read the same batches with {spec.name}"
+                lines.append((what, reading * (4 if joint else 1)))
         if self.options.baseline:
             lines.append((f"train it without a teacher: {steps:,} steps", steps * step))
         if tests:

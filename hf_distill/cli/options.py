@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..settings import option
+from ..trainers.options import DistillOptions, LexMAEOptions, RetrievalOptions, TeleOptions
 
 
 @dataclass
@@ -234,3 +235,49 @@ class EpisodeMiningOptions(PoolsOfEpisodesOptions, PushToOptions):
     train_split: str = option("train", "Judgements whose queries get rows.")
     seed: int = option(42, "Seed of the draws.")
     output_dir: str | None = option(None, "Folder of the pool.")
+
+
+@dataclass
+class PretrainFlags:
+    """Fields of `TrainingArguments` that nearly every pre-training sets, with the defaults of the command line."""
+
+    _argument_group_name = "training"
+
+    output_dir: str | None = option(None, "Folder for everything that comes of it.")
+    num_train_epochs: float = option(1.0, "Passes over the texts or training rows.")
+    save_strategy: str = option("steps", "Save checkpoints: steps, epoch, best or no.")
+    save_steps: float = option(0.25, "How often: steps, or below 1 a share of all.")
+
+
+@dataclass
+class TrainingFlags(PretrainFlags):
+    """The same for every other training: evaluate, keep the best."""
+
+    learning_rate: float = option(1e-4, "The peak learning rate.")
+    eval_strategy: str = option("steps", "Evaluate during training: steps, epoch, or no (also without a dev split).")
+    eval_steps: float | None = option(0.25, "How often: steps, or below 1 a share of all.")
+    load_best_model_at_end: bool | None = option(
+        None, "End with the best checkpoint on dev. Default: true with evaluation."
+    )
+    eval_corpus_size: int | None = option(5000, "Passages searched in an evaluation during training; 0 means all.")
+
+
+# What `--help` shows of the trainers' own options.
+@dataclass
+class TrainHelp(TrainingFlags, RetrievalOptions):
+    """Of `hf-distill train`."""
+
+
+@dataclass
+class DistillHelp(TrainingFlags, DistillOptions):
+    """Of `hf-distill distill` and `progressive`."""
+
+
+@dataclass
+class TeleHelp(TrainingFlags, TeleOptions):
+    """Of `hf-distill tele`."""
+
+
+@dataclass
+class PretrainHelp(PretrainFlags, LexMAEOptions):
+    """Of `hf-distill pretrain`."""

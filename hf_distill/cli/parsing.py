@@ -83,8 +83,8 @@ def _presentation(verb: Verb) -> dict[str, Any]:
     epilog = f"example:\n  {verb.example}\n" if verb.example else ""
     if verb.arguments is not None:
         epilog += (
-            "\n--output_dir, --learning_rate, --num_train_epochs and all other fields of TrainingArguments\n"
-            "are flags too, and so are those of the trainer itself, such as --dropout; --help_all lists them.\n"
+            "\nAll other fields of TrainingArguments are flags too, such as --max_steps, --bf16 and\n"
+            "--per_device_train_batch_size; --help_all lists them.\n"
         )
     return {
         "prog": f"hf-distill {verb.name}",

@@ -11,7 +11,7 @@ from ..console import is_main_process
 from ..errors import InputError
 from ..provenance import note_source
 from ..settings import option
-from .options import CollectionOptions
+from .options import CollectionOptions, PretrainHelp
 from .parsing import Verb, require
 
 
@@ -186,7 +186,7 @@ def _describe(
 VERB = Verb(
     "pretrain",
     "Pre-train a masked language model for lexical retrieval (LexMAE) on the texts of a collection or a stream.",
-    (CollectionOptions, PretrainOptions),
+    (CollectionOptions, PretrainOptions, PretrainHelp),
     run,
     _arguments,
     "hf-distill pretrain --data my_collection --model google-bert/bert-base-uncased --output_dir outputs/lexmae",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..settings import option, parse_yaml
-from .options import DataOptions, IndexOptions, RowOptions, StudentOptions
+from .options import DataOptions, DistillHelp, IndexOptions, RowOptions, StudentOptions
 from .parsing import Verb, parse_settings, require
 
 
@@ -165,7 +165,7 @@ def run(
 VERB = Verb(
     "progressive",
     "Train one student in phases, each with its own teacher, data, losses and schedule.",
-    (DataOptions, ProgressiveOptions, RowOptions, IndexOptions),
+    (DataOptions, ProgressiveOptions, RowOptions, IndexOptions, DistillHelp),
     run,
     _arguments,
     "hf-distill progressive --data D --student S --output_dir out "

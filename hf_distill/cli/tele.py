@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .episode import answers_by_position, episode_options
-from .options import DataOptions, IndexOptions, ModelOptions, PoolsOfEpisodesOptions, TrainOptions
+from .options import DataOptions, IndexOptions, ModelOptions, PoolsOfEpisodesOptions, TeleHelp, TrainOptions
 from .parsing import Verb, require
 
 
@@ -103,7 +103,7 @@ def _trainer(
 VERB = Verb(
     "tele",
     "Train a bi-encoder in episodes of teleportation negatives (ANCE-Tele).",
-    (DataOptions, TrainOptions, PoolsOfEpisodesOptions, ModelOptions, IndexOptions),
+    (DataOptions, TrainOptions, PoolsOfEpisodesOptions, ModelOptions, IndexOptions, TeleHelp),
     run,
     _arguments,
     "hf-distill tele --data my_collection --model Luyu/co-condenser-marco --stop_after 20000 "

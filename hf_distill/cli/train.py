@@ -6,7 +6,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .options import DataOptions, IndexOptions, ModelOptions, RowOptions, TrainOptions
+from .options import DataOptions, IndexOptions, ModelOptions, RowOptions, TrainHelp, TrainOptions
 from .parsing import Verb, require
 
 
@@ -103,7 +103,7 @@ def _rows(
 VERB = Verb(
     "train",
     "Train a bi-encoder or a cross-encoder on labelled rows; hard negatives are mined if there are none.",
-    (DataOptions, TrainOptions, RowOptions, ModelOptions, IndexOptions),
+    (DataOptions, TrainOptions, RowOptions, ModelOptions, IndexOptions, TrainHelp),
     run,
     _arguments,
     "hf-distill train --data BeIR/scifact --model microsoft/MiniLM-L12-H384-uncased --kind cross_encoder "

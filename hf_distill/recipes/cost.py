@@ -124,8 +124,9 @@ class Cost:
                 continue
             model = self._model(teacher)
             flops += self._measuring(teacher, stage, sizes)
-            if stage.settings.get("teacher_mode") == "live":
-                flops += self._texts(stage) * self._tokens(model, sizes) * model.flops
+            if stage.settings.get("teacher_mode") in ("live", "joint"):
+                passes = _TRAINING if stage.settings["teacher_mode"] == "joint" else 1
+                flops += passes * self._texts(stage) * self._tokens(model, sizes) * model.flops
             elif model.pairs:
                 flops += self._pairs(stage, sizes, stage.settings.get("rows")) * self._pair_flops(teacher, sizes)
         return flops

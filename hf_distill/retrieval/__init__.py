@@ -19,6 +19,7 @@ __getattr__, __dir__, __all__ = attach(
         "searching": ["Searcher", "search"],
         "bm25": ["bm25_search"],
         "mining": ["MiningOptions", "mine"],
+        "teleport": ["mine_episode"],
         "score": ["rerank", "score_from_run", "score_rows"],
         "layer_scores": ["score_layers"],
         "estimate": ["estimate_seconds"],
