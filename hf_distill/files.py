@@ -77,6 +77,8 @@ def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
         InputError: If the disk is full.
     """
     target = Path(target)
+    if target.is_symlink() and target.is_dir():
+        target = target.resolve()  # the folder is replaced, not the link to it
     temporary = _temporary_name(target)
     try:
         with saying_full_disk(target.parent):
@@ -95,19 +97,22 @@ def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
 def _replace_folder(temporary: Path, target: Path) -> None:
     # A folder takes the place of an empty one or of none. Another process may put its own there in between: the last
     # one stays.
-    aside = _temporary_name(target)
-    try:
-        while True:
+    while True:
+        aside = _temporary_name(target)
+        try:
             with suppress(FileNotFoundError):
                 os.replace(target, aside)
-            try:
-                return os.replace(temporary, target)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
+            os.replace(temporary, target)
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                continue
+            if not target.exists() and aside.exists():
+                os.replace(aside, target)  # what was there is better than nothing
+            raise
+        else:
+            return
+        finally:
             _remove(aside)
-    finally:
-        _remove(aside)
 
 
 @contextmanager
@@ -150,7 +155,7 @@ def _temporary_name(target: Path) -> Path:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

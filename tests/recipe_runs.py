@@ -38,7 +38,10 @@ def run_with_kills(words: Sequence[str], environment: Mapping[str, str], folder:
         while process.poll() is None and results() < seen + 3 + number:
             time.sleep(0.02)
         time.sleep(luck.uniform(0, 0.5))
-        assert process.poll() is None, "the recipe ended before it was killed"
+        if process.poll() is not None:
+            # A quick machine was through before the last kill.
+            assert number, "the recipe ended before it was killed"
+            break
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     run(words, environment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,4 +52,30 @@ def test_a_failure_leaves_what_was_there(tmp_path, folder):
             temporary.write_text("half")
         1 / 0  # noqa: B018
     assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_behind_a_link_is_replaced_and_the_link_stays(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "old").touch()
+    (tmp_path / "rows").symlink_to(tmp_path / "real")
+    write_folder(tmp_path / "rows", 1, files=1)
+    assert (tmp_path / "rows").is_symlink() and (tmp_path / "real" / "0").read_text() == "1"
+    assert {path.name for path in tmp_path.iterdir()} == {"real", "rows"}
+
+
+def test_what_was_there_comes_back_if_the_new_folder_cannot_take_its_place(tmp_path, monkeypatch):
+    target = tmp_path / "rows"
+    write_folder(target, 1, files=1)
+    replace = os.replace
+
+    def interrupted(source, place):
+        if Path(place) == target and len(list(Path(source).iterdir())) == 2:
+            raise KeyboardInterrupt
+        replace(source, place)
+
+    monkeypatch.setattr("hf_distill.files.os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(target, 2, files=2)
+    assert [file.read_text() for file in target.iterdir()] == ["1"]
     assert list(tmp_path.iterdir()) == [target]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from hf_distill.recipes import load_recipe
-from hf_distill.recipes.cost import Cost
+from hf_distill.recipes.cost import Cost, _in_bf16, machine_speed
 from hf_distill.recipes.records import Workspace
+from hf_distill.retrieval import choose_dtype
 
 
 PAPER = ("paper", "paper_12de_6de", "paper_12ce_6de", "paper_24cb_12de", "paper_document")
@@ -69,3 +71,11 @@ def test_a_teacher_that_learns_along_is_reckoned_with(micro, tiny_bert, tmp_path
     student = recipe.stages["no_teacher"]
     steps = cost._training(student, sizes, cost._model("${no_teacher}"))
     assert together - alone == pytest.approx(steps)
+
+
+def test_every_stage_is_reckoned_with_in_its_own_precision():
+    threads = torch.get_num_threads()
+    assert machine_speed(bf16=False) > 0 and torch.get_num_threads() == threads
+    small, smoke = (load_recipe("lead", profile, ["data=D"]).stages for profile in ("small", "smoke"))
+    assert _in_bf16(small["lead"]) and not _in_bf16(smoke["lead"])
+    assert _in_bf16(smoke["hard"]) == (choose_dtype("auto", "cpu") == "bfloat16")

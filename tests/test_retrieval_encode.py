@@ -172,6 +172,27 @@ def test_attention_by_products_equals_torchs(mask, texts_at_once, monkeypatch):
         torch.testing.assert_close(found, expected.transpose(1, 2))
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 7, 7), (5, 3, 7, 7), (5, 1, 1, 7), (7, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_of_every_shape(shape, dtype, monkeypatch):
+    """Per head, for all texts, for all places of a query; also where nothing may be attended to."""
+    monkeypatch.setattr("hf_distill.retrieval.packing._SCORES_IN_CACHE", 2 * 3 * 7 * 7 * dtype.itemsize)
+    generator = torch.Generator().manual_seed(1)
+    batch = 7 if len(shape) == 2 else 5
+    query, key, value = (torch.randn(batch, 3, 7, 8, generator=generator).to(dtype) for _ in range(3))
+    allowed = torch.rand(shape, generator=generator) > 0.3
+    allowed[..., 0] = True
+    module = torch.nn.Module()
+    module.is_causal = False
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed).transpose(1, 2)
+    added = torch.zeros(shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    for mask in (allowed, added):
+        torch.testing.assert_close(matmul_attention(module, query, key, value, mask)[0], expected, **close)
+    nothing = torch.full(shape, torch.finfo(torch.float32).min)
+    assert matmul_attention(module, query, key, value, nothing)[0].isfinite().all()
+
+
 def test_bfloat16_is_close(wide_bert, corpus):
     model = wide_bert()
     texts = corpus.texts()

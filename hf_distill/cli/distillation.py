@@ -236,8 +236,8 @@ class Distillation:
         tests = len(collection.qrels[self.data.test].query_positions()) if self.data.test else 0
         lines: list[tuple[str, float]] = []
 
-        def seconds(model: Any, count: int, pairs: bool = False) -> float:
-            return estimate_seconds(model, collection, count, pairs=pairs, **self.encode)
+        def seconds(model: Any, count: int, **how: Any) -> float:
+            return estimate_seconds(model, collection, count, **how, **self.encode)
 
         for spec in self.teachers:
             if spec.model is not None and not spec.is_ranker:
@@ -272,7 +272,7 @@ class Distillation:
         steps = int(args.max_steps if args.max_steps > 0 else rows // (self._batch()) * args.num_train_epochs)
         # Forward and backward, and the lower speed of training against inference; queries are short.
         texts = self._batch() * (1.2 + args.num_negatives)
-        step = 4 * before / max(passages, 1) * texts
+        step = 4 * texts * seconds(self.student, passages, anew=True) / max(passages, 1)
         if tests:
             lines.append(("measure the student before training", before))
         lines.append((f"train the student: {steps:,} steps of {self._batch()} queries", steps * step))
@@ -280,7 +280,8 @@ class Distillation:
             if spec.model is not None and self.options.teacher_mode in ("live", "joint"):
                 joint = self.options.teacher_mode == "joint"
                 pairs = (1 + args.num_negatives) * self._batch()
-                reading = seconds(spec.model, steps * (pairs if spec.is_ranker else int(texts)), pairs=spec.is_ranker)
+                count = steps * (pairs if spec.is_ranker else int(texts))
+                reading = seconds(spec.model, count, pairs=spec.is_ranker, anew=True)
                 what = f"train {spec.name} along" if joint else f"read the same batches with {spec.name}"
                 lines.append((what, reading * (4 if joint else 1)))
         if self.options.baseline:

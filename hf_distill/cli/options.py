@@ -245,7 +245,7 @@ class PretrainFlags:
 
     output_dir: str | None = option(None, "Folder for everything that comes of it.")
     num_train_epochs: float = option(1.0, "Passes over the texts or training rows.")
-    save_strategy: str = option("steps", "Save checkpoints: steps, epoch, best or no.")
+    save_strategy: str = option("steps", "Save checkpoints: steps, epoch or no.")
     save_steps: float = option(0.25, "How often: steps, or below 1 a share of all.")
 
 
@@ -253,6 +253,7 @@ class PretrainFlags:
 class TrainingFlags(PretrainFlags):
     """The same for every other training: evaluate, keep the best."""
 
+    save_strategy: str = option("steps", "Save checkpoints: steps, epoch, best or no.")
     learning_rate: float = option(1e-4, "The peak learning rate.")
     eval_strategy: str = option("steps", "Evaluate during training: steps, epoch, or no (also without a dev split).")
     eval_steps: float | None = option(0.25, "How often: steps, or below 1 a share of all.")

@@ -28,6 +28,7 @@ _TRAINING = 3
 _DEFAULTS = {"per_device_train_batch_size": 32, "num_negatives": 7, "num_train_epochs": 1}
 _MINED = {"mine_negatives": 30, "mine_depth": 200}
 _RANKER_DEPTH = 100
+_TRAININGS = ("train", "distill", "pretrain")
 # Tokens that a pre-training predicts, and layers of its decoder.
 _PREDICTED, _PREDICTED_AGAIN, _DECODER_LAYERS = 0.3, 0.5, 2
 
@@ -258,17 +259,33 @@ def machine_speed(bf16: bool) -> float:
     half = bf16 or device == "cuda"
     dtype = torch.bfloat16 if half else torch.float32
     # One core by itself: beside other programs, several would wait for each other.
-    cores, size = (torch.get_num_threads(), 512) if device == "cpu" else (1, 4096)
+    threads = torch.get_num_threads()
+    cores, size = (threads, 512) if device == "cpu" else (1, 4096)
     torch.set_num_threads(1)
-    left, right = torch.randn(2, size, size, device=device).to(dtype)
-    best, begin = float("inf"), time.perf_counter()
-    while time.perf_counter() - begin < _MEASURED_SECONDS:
-        start = time.perf_counter()
-        left @ right if half else product(left, right)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
+    try:
+        left, right = torch.randn(2, size, size, device=device).to(dtype)
+        best, begin = float("inf"), time.perf_counter()
+        while time.perf_counter() - begin < _MEASURED_SECONDS:
+            start = time.perf_counter()
+            left @ right if half else product(left, right)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
     return _EFFICIENCY * cores * 2 * size**3 / best
+
+
+def _in_bf16(stage: Stage) -> bool:
+    """Whether a stage multiplies in bfloat16: a training says so, all else takes what is fast."""
+    import torch
+
+    from ..retrieval import choose_dtype
+
+    if stage.kind.verb in _TRAININGS:
+        return bool(stage.settings.get("bf16"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return choose_dtype(stage.settings.get("dtype"), device) == "bfloat16"
 
 
 def estimate(
@@ -277,6 +294,6 @@ def estimate(
     """Operations of every stage, None where they cannot be known, and how many of them this machine does a second in
     the precision of the stage."""
     cost = Cost(recipe, workspace)
-    bf16 = {name: bool(recipe.stages[name].settings.get("bf16")) for name in names}
+    bf16 = {name: _in_bf16(recipe.stages[name]) for name in names}
     speeds = {precision: machine_speed(precision) for precision in set(bf16.values())}
     return {name: cost.flops(name) for name in names}, {name: speeds[bf16[name]] for name in names}

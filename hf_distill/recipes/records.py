@@ -110,7 +110,8 @@ class Workspace:
                 )
             return None
         shelf = self._shelf(stage, record.key)
-        if folder.is_dir():
+        kept = folder.is_dir()
+        if kept:
             if shelf.exists():
                 shutil.rmtree(shelf)
             shelf.mkdir(parents=True)
@@ -118,7 +119,7 @@ class Workspace:
             write_json(shelf / _RECORD, asdict(record))
             os.replace(folder, shelf / "result")
         self.file(stage, ".json").unlink(missing_ok=True)
-        return shelf
+        return shelf if kept else None
 
     def take_back(self, stage: str, key: str) -> Record:
         """Makes a superseded result the stage's own again."""

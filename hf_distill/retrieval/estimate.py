@@ -29,6 +29,7 @@ def estimate_seconds(
     storage: str = "float32",
     device: Any = None,
     cache_dir: str | os.PathLike | None = None,
+    anew: bool = False,
 ) -> float:
     """Seconds to encode `count` passages, or to score `count` pairs, with all of accelerate's processes.
 
@@ -44,6 +45,7 @@ def estimate_seconds(
         storage: As in `encode_table`.
         device: As in `encode_table`.
         cache_dir: Where finished work may lie: encoding a corpus that is in the cache takes no time.
+        anew: It takes its time all the same, as the batches of a training do.
     """
     from accelerate import PartialState
 
@@ -53,7 +55,8 @@ def estimate_seconds(
     ranker = inference.representation == "pair"
     corpus, queries = collection.corpus, collection.queries
     if not ranker:
-        if encode_job(inference, corpus, "passage", storage=storage, cache_dir=cache_dir)[0].is_complete():
+        job, _ = encode_job(inference, corpus, "passage", storage=storage, cache_dir=cache_dir)
+        if not anew and job.is_complete():
             return 0.0
         if pairs:
             count = min(count, len(corpus))

@@ -151,17 +151,22 @@ def matmul_attention(
         )
     batch, heads, length, size = query.shape
     query = query * (size**-0.5 if scaling is None else scaling)
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        # Added rather than filled in, which takes three times as long.
+    if attention_mask is not None:
         least = torch.finfo(query.dtype).min
-        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(~attention_mask, least)
+        if attention_mask.dtype == torch.bool:
+            # Added rather than filled in, which takes three times as long.
+            attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(~attention_mask, least)
+        else:
+            attention_mask = attention_mask.clamp(min=least).to(query.dtype)
+        if attention_mask.dim() == 4:
+            attention_mask = attention_mask.expand(batch, -1, -1, -1)
     output = query.new_empty(batch, length, heads, value.shape[-1])
     # A few texts at a time: their scores stay in the processor's cache.
-    step = max(1, _SCORES_IN_CACHE // (heads * length * length * query.element_size()))
+    step = max(1, _SCORES_IN_CACHE // (heads * length * key.shape[-2] * query.element_size()))
     for begin in range(0, batch, step):
         part = slice(begin, begin + step)
         scores = query[part] @ key[part].transpose(-1, -2)
         if attention_mask is not None:
-            scores += attention_mask[part] if len(attention_mask) == batch else attention_mask
+            scores += attention_mask[part] if attention_mask.dim() == 4 else attention_mask
         output[part] = (scores.softmax(-1) @ value[part]).transpose(1, 2)
     return output, None
