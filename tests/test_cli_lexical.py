@@ -94,7 +94,7 @@ def test_from_pretraining_to_a_dense_student(world):
     logged = next(entry for entry in history if "flops" in entry)
     assert {"contrastive", "flops", "active_terms_query", "active_terms_passage", "expected_flops"} <= set(logged)
     card = (world["root"] / "lexical" / "README.md").read_text()
-    assert "SparseEncoder" in card and "an inverted index finds" in card and "- sparse\n" in card
+    assert "SparseEncoder" in card and "an inverted index can search them" in card and "- sparse\n" in card
     card = (world["root"] / "led" / "README.md").read_text()
     assert "trained with LED" in card and "2208.13661" in card and "SentenceTransformer" in card
     history = json.loads((world["root"] / "led" / "history.json").read_text())
