@@ -277,12 +277,14 @@ class _Neighbours:
         queries: `int64[n]`.
         run: The nearest passages of the queries.
         around: The nearest passages of their positives.
+        answered: Which of `run` hold an answer, `bool[n, k]`; None without answers.
     """
 
     collection: Collection
     queries: np.ndarray
     run: Run
     around: Run
+    answered: np.ndarray | None = None
 
 
 def _neighbours(
@@ -299,11 +301,12 @@ def _neighbours(
         anchors = first_positives(qrels, queries, threshold)
         return _Neighbours(collection, queries, *miner.both(queries, anchors))
     run = miner.of_queries(queries)
-    qrels = _answered_qrels(qrels, run, answer_mask(run, collection, answers), threshold)
+    answered = answer_mask(run, collection, answers)
+    qrels = _answered_qrels(qrels, run, answered, threshold)
     queries = np.intersect1d(queries, qrels.query_positions(threshold))
     around = miner.of_passages(queries, first_positives(qrels, queries, threshold))
     judged = replace(collection, qrels={**collection.qrels, split: qrels})
-    return _Neighbours(judged, queries, run, around)
+    return _Neighbours(judged, queries, run, around, answered)
 
 
 @dataclass(frozen=True)
@@ -341,7 +344,8 @@ def _draw_parts(
             continue
         answered = None
         if answers is not None:
-            answered = answer_mask(run, found.collection, answers)
+            # Matching reads every passage that was found: once for the queries' own.
+            answered = found.answered if source == QUERY else answer_mask(run, found.collection, answers)
             run = without(run, answered)
         name = f"{source}@{number}"
         rows = _draw(run, found.collection, split, name, count, number, options, cache_dir)
