@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from hf_distill.data import RowSet, load_collection
+from hf_distill.errors import InputError
 from hf_distill.evaluation import RetrievalEvaluation
 from hf_distill.losses import maxsim
 from hf_distill.models import MultiVectorRetriever
@@ -21,13 +23,14 @@ from hf_distill.retrieval import (
     encode_texts,
     mine,
     multi_vector,
+    plaid,
     rerank,
     score_rows,
     search,
 )
 from hf_distill.retrieval.inference import InferenceModel
 from hf_distill.retrieval.multi_vector import TokenIndex, Tokens, TokenStore, block_maxsim, pair_scores
-from hf_distill.retrieval.searching import Searcher
+from hf_distill.retrieval.searching import Searcher, check_factory
 
 from .model_zoo import save_tiny
 
@@ -109,6 +112,91 @@ def test_candidates_from_an_index_over_tokens(factory, model, collection, truth)
     for row, query in enumerate(queries):
         np.testing.assert_allclose(truth[query, run.documents[row]], run.scores[row], atol=0.02)
     assert np.mean(np.abs(run.scores - exact) < 0.02) > 0.95
+
+
+class StandIn:
+    """fast-plaid as far as the adapter sees it: the same calls, by plain MaxSim over vectors in half precision."""
+
+    def __init__(self, index, device):
+        self.path = Path(index) / "documents.npz"
+
+    def create(self, vectors, nbits, start_from_scratch):
+        assert nbits == 4 and start_from_scratch == 0
+        self._save([np.zeros((0, vectors[0].shape[1]), np.float16), *(one.numpy() for one in vectors)])
+
+    def update(self, vectors, start_from_scratch):
+        assert start_from_scratch == 0
+        self._save([*self._load(), *(one.numpy() for one in vectors)])
+
+    def search(self, queries, top_k, show_progress, n_full_scores, n_ivf_probe=8):
+        assert not show_progress and n_full_scores >= top_k
+        documents = [torch.from_numpy(one).float() for one in self._load()[1:]]
+        results = []
+        for query in queries:
+            scores = torch.stack([(query @ one.T).amax(1).sum() for one in documents])
+            results.append([(int(place), float(scores[place])) for place in scores.argsort(descending=True)[:top_k]])
+        return results
+
+    def close(self):
+        pass
+
+    def _save(self, documents):
+        assert all(len(one) for one in documents[1:]), "a passage without tokens"
+        np.savez(self.path, *documents)
+
+    def _load(self):
+        with np.load(self.path) as saved:
+            return [saved[f"arr_{number}"] for number in range(len(saved.files))]
+
+
+@pytest.fixture(params=["stand-in", "PLAID"])
+def plaid_engine(request, monkeypatch):
+    """The engine, and in its place one that is always there."""
+    if request.param == "PLAID":
+        return pytest.importorskip("fast_plaid.search")
+    engine = SimpleNamespace(FastPlaid=StandIn, __spec__=SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "fast_plaid", SimpleNamespace(search=engine, __spec__=SimpleNamespace()))
+    monkeypatch.setitem(sys.modules, "fast_plaid.search", engine)
+    return engine
+
+
+def test_candidates_from_plaid(plaid_engine, model, collection, truth, tmp_path, monkeypatch):
+    queries = np.arange(20)
+    options = {"factory": "Plaid;nbits=4,n_ivf_probe=64", "dtype": "float32", "cache_dir": tmp_path}
+    run = search(model, collection, queries, 5, **options)
+    for row, query in enumerate(queries):
+        np.testing.assert_allclose(truth[query, run.documents[row]], run.scores[row], atol=0.02)
+    assert np.mean(np.abs(run.scores - best(truth, queries, 5)) < 0.02) > 0.95
+    # The index is kept: other queries build none.
+    monkeypatch.setattr(plaid_engine.FastPlaid, "create", lambda *args, **kwargs: pytest.fail("built again"))
+    more = search(model, collection, np.arange(20, 24), 5, **options)
+    assert np.mean(np.abs(more.scores - best(truth, more.query, 5)) < 0.02) > 0.95
+
+
+def test_plaid_is_built_in_blocks_and_leaves_out_empty_passages(plaid_engine, tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(1, 9, 300)
+    lengths[[0, 17, 299]] = 0
+    vectors = generator.standard_normal((lengths.sum(), 32)).astype(np.float32)
+    passages = Tokens(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), lengths)
+    monkeypatch.setattr(plaid, "_BLOCK_TOKENS", 500)
+    named = np.flatnonzero(lengths)
+    plaid.write_plaid(tmp_path / "index", passages, named)
+    index = plaid.PlaidIndex(tmp_path / "index", named, torch.device("cpu"), {"n_ivf_probe": 64})
+    wanted = [1, 150, 298]
+    own = passages.take(wanted)
+    found = index.find(Tokens(own.vectors, np.array([*own.lengths[:2], 0, own.lengths[2]])), 10)
+    assert [len(one) for one in found] == [10, 10, 0, 10]
+    assert all((np.diff(one) > 0).all() and np.isin(one, named).all() for one in found)
+    assert [place in one for place, one in zip(wanted, [found[0], found[1], found[3]])] == [True] * 3
+
+
+def test_plaid_is_asked_for_before_any_work(model, monkeypatch):
+    with pytest.raises(InputError, match="'nprobe=3' is no option of PLAID"):
+        check_factory(model, "Plaid;nprobe=3")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"PLAID is not installed.*hf_distill\[plaid\]"):
+        check_factory(model, "Plaid")
 
 
 def test_reranking_the_candidates_of_another_retriever(model, collection, truth):

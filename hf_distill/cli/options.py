@@ -186,7 +186,7 @@ class IndexOptions(EncodeOptions):
         "Flat",
         "Flat (exact), or any FAISS factory string, search options after a semicolon: 'IVF1024,Flat;nprobe=32'. For a "
         "lexical model Flat, Impact (weights as whole numbers) or Pisa (the same, searched by PISA); for a "
-        "multi-vector model FAISS finds the candidates for MaxSim.",
+        "multi-vector model FAISS, or PLAID ('Plaid;n_ivf_probe=32'), finds the candidates for MaxSim.",
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from ..files import atomic_path
 from .index import EXACT, Index
 from .inference import InferenceModel
+from .plaid import PlaidIndex, is_plaid
 from .shards import write_array
 from .store import EmbeddingStore, VectorStore
 
@@ -149,9 +150,9 @@ class TokenIndex:
 
     Args:
         passages: A [`TokenStore`] or [`Tokens`].
-        factory: `"Flat"` compares every passage; a factory string of FAISS finds candidates.
+        factory: `"Flat"` compares every passage; a factory string of FAISS or (of a store) `"Plaid"` finds candidates.
         device: Where to compute.
-        search_options: FAISS parameters of searching, for example `"nprobe=32"`.
+        search_options: Parameters of searching, for example `"nprobe=32"`.
         cache_dir: Instead of the default cache folder.
     """
 
@@ -165,12 +166,13 @@ class TokenIndex:
         cache_dir: str | os.PathLike | None = None,
     ):
         self.passages, self.device = passages, torch.device(device or "cpu")
-        self._tokens: Index | None = None
-        if factory != EXACT:
+        self._candidates: TokenNeighbours | PlaidIndex | None = None
+        options: dict[str, Any] = {"search_options": search_options, "cache_dir": cache_dir}
+        if is_plaid(factory):
+            self._candidates = PlaidIndex.build(passages, factory, device=self.device, **options)
+        elif factory != EXACT:
             flat = passages.flat if isinstance(passages, TokenStore) else passages.vectors
-            self._tokens = Index.build(
-                flat, factory, device=device, search_options=search_options, cache_dir=cache_dir
-            )
+            self._candidates = TokenNeighbours(Index.build(flat, factory, device=device, **options), passages.offsets)
 
     def __len__(self) -> int:
         return len(self.passages)
@@ -182,10 +184,9 @@ class TokenIndex:
             Scores `float32[n, k]`, descending, and positions `int64[n, k]`, -1 where there are fewer passages.
         """
         k = min(k, len(self.passages))
-        if self._tokens is not None:
-            return self._search_candidates(queries, k)
+        search = self._search_all if self._candidates is None else self._search_candidates
         parts = [
-            self._search_all(queries.rows(start, min(start + _BLOCK_QUERIES, len(queries))), k)
+            search(queries.rows(start, min(start + _BLOCK_QUERIES, len(queries))), k)
             for start in range(0, len(queries), _BLOCK_QUERIES)
         ]
         return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
@@ -204,24 +205,34 @@ class TokenIndex:
         return best.cpu().numpy(), places.cpu().numpy()
 
     def _search_candidates(self, queries: Tokens, k: int) -> tuple[np.ndarray, np.ndarray]:
-        neighbours = min(max(_NEIGHBOURS, k), int(self.passages.lengths.sum()))
         scores = np.full((len(queries), k), -np.inf, np.float32)
         positions = np.full((len(queries), k), -1, np.int64)
-        for start in range(0, len(queries), _BLOCK_QUERIES):
-            block = queries.rows(start, min(start + _BLOCK_QUERIES, len(queries)))
-            similarity, token = self._tokens.search(block.vectors, neighbours)
-            document = np.searchsorted(self.passages.offsets, token, side="right") - 1
-            for number in range(len(block)):
-                own = slice(block.offsets[number], block.offsets[number + 1])
-                found = _candidates(document[own], similarity[own], token[own] >= 0, _POOL * k)
-                exact = pair_scores(block.rows(number, number + 1), self.passages, found, self.device)
-                # Equal scores in the order of the passages, as everywhere.
-                order = np.lexsort((found, -exact))[:k]
-                scores[start + number, : len(order)], positions[start + number, : len(order)] = (
-                    exact[order],
-                    found[order],
-                )
+        for row, found in enumerate(self._candidates.find(queries, _POOL * k)):
+            exact = pair_scores(queries.rows(row, row + 1), self.passages, found, self.device)
+            # Equal scores in the order of the passages, as everywhere.
+            order = np.lexsort((found, -exact))[:k]
+            scores[row, : len(order)], positions[row, : len(order)] = exact[order], found[order]
         return scores, positions
+
+
+class TokenNeighbours:
+    """The passages whose tokens are nearest to a query's, found by an index over all tokens; see [`TokenIndex`].
+
+    Args:
+        tokens: An index of the tokens of all passages.
+        offsets: `int64[n + 1]`, where the tokens of each passage begin.
+    """
+
+    def __init__(self, tokens: Index, offsets: np.ndarray):
+        self._tokens, self._offsets = tokens, offsets
+
+    def find(self, queries: Tokens, count: int) -> list[np.ndarray]:
+        """At most `count` passages for each query, as ascending positions `int64[m]`."""
+        neighbours = min(max(_NEIGHBOURS, count // _POOL), len(self._tokens))
+        similarity, token = self._tokens.search(queries.vectors, neighbours)
+        document = np.searchsorted(self._offsets, token, side="right") - 1
+        own = [slice(start, stop) for start, stop in zip(queries.offsets, queries.offsets[1:])]
+        return [_candidates(document[rows], similarity[rows], token[rows] >= 0, count) for rows in own]
 
 
 def _candidates(document: np.ndarray, similarity: np.ndarray, found: np.ndarray, count: int) -> np.ndarray:

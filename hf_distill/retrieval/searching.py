@@ -18,6 +18,7 @@ from .inference import InferenceModel
 from .inverted import InvertedIndex, parse_factory
 from .multi_vector import TokenIndex
 from .pisa import PisaIndex, check_pisa, is_pisa
+from .plaid import check_plaid, is_plaid
 from .shards import ShardedJob, default_shard_rows, working_folder, write_array
 
 
@@ -64,8 +65,8 @@ def search(
         query_positions: `int[n]`, the queries to search for; all by default.
         k: How many documents; the run is narrower if the corpus has fewer.
         factory: `"Flat"` (exact); for a dense model any factory string of FAISS, for a lexical one `"Impact"` or
-            `"Pisa"`; for a multi-vector model a factory string of FAISS for an index over tokens, which finds the
-            passages that exact MaxSim then ranks.
+            `"Pisa"`; for a multi-vector model a factory string of FAISS for an index over tokens, or `"Plaid"`, which
+            finds the passages that exact MaxSim then ranks.
         search_options: FAISS parameters of searching, for example `"nprobe=32"`.
         dtype: Precision of encoding.
         token_budget: Tokens of an encoding batch.
@@ -198,6 +199,8 @@ def check_factory(model: RetrievalModel, factory: str) -> None:
         parse_factory(factory)
         if is_pisa(factory):
             check_pisa()
+    elif model.representation == "tokens" and is_plaid(factory):
+        check_plaid(factory)
     elif factory != EXACT and model.representation != "pair":
         empty_index(factory, model.token_size if model.representation == "tokens" else model.embedding_size)
 
