@@ -41,7 +41,8 @@ QUICK = {
     "overhead": ["--batch", "8", "--steps", "2", "--rounds", "3"],
     "lexical_training": ["--batch", "8", "--steps", "1", "--rounds", "3"],
     "pretraining": ["--batch", "8", "--steps", "1", "--rounds", "3"],
-    "sparse_search": ["--passages", "20000", "--grown", "100000", "--queries", "100", "--rounds", "3"],
+    "sparse_search": ["--passages", "20000", "--grown", "100000", "--queries", "100", "--rounds", "3"]
+    + ["--many", "30000"],
 }
 PACKAGES = ("hf_distill", "torch", "transformers", "sentence-transformers", "tokenizers", "faiss-cpu", "numpy")
 
