@@ -18,9 +18,20 @@ from hf_distill.data import RowSet, load_collection
 from hf_distill.distributed import is_sharded, leave, world_size
 from hf_distill.evaluation import RetrievalEvaluation
 from hf_distill.files import write_json
-from hf_distill.models import CrossEncoderRanker, DenseRetriever, LexicalRetriever, student_from
+from hf_distill.models import (
+    CrossEncoderRanker,
+    DenseRetriever,
+    LexicalRetriever,
+    LexMAEForPreTraining,
+    student_from,
+)
 from hf_distill.teachers import CachedScores, LiveTeacher
-from hf_distill.trainers import DistillTrainer, DistillTrainingArguments
+from hf_distill.trainers import (
+    DistillTrainer,
+    DistillTrainingArguments,
+    LexMAEPretrainer,
+    LexMAETrainingArguments,
+)
 
 
 def main(path: str) -> None:
@@ -32,7 +43,8 @@ def main(path: str) -> None:
 
             hf_distill(settings["command"])  # the last job: it leaves the process group
             return
-        golden_steps(settings) if settings.get("golden") else train(settings)
+        kinds = {"golden": golden_steps, "pretrain": pretrain}
+        kinds.get(settings.get("kind"), train)(settings)
     leave()
 
 
@@ -102,6 +114,25 @@ def train(settings: dict[str, Any]) -> None:
                 is_sharded(model) or model.training or any(one.requires_grad for one in model.parameters())
                 for model in live
             ),
+        }
+        write_json(settings["result"], seen)
+
+
+def pretrain(settings: dict[str, Any]) -> None:
+    """LexMAE on the collection's passages, which are of very different lengths."""
+    args = LexMAETrainingArguments(**settings["arguments"])
+    torch.manual_seed(0)
+    model = LexMAEForPreTraining.from_pretrained(settings["teacher"], new_head="random", passage_length=40)
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    trainer = LexMAEPretrainer(model, args, open_collection(settings["collection"]).corpus)
+    trainer.train()
+    if trainer.is_world_process_zero():
+        seen = {
+            "world_size": args.world_size,
+            "history": [entry for entry in trainer.state.log_history if "loss" in entry],
+            "weights": {name: tensor.double().sum().item() for name, tensor in model.state_dict().items()},
         }
         write_json(settings["result"], seen)
 

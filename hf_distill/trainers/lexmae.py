@@ -10,6 +10,7 @@ import torch
 from ..console import get_logger
 from ..data.masking import CorpusTexts, MaskingCollator, StreamedTexts
 from ..data.tables import Corpus
+from ..distributed import sum_over_processes, world_size
 from ..errors import InputError
 from ..losses.combine import LossTerm
 from ..models.lexmae import LexMAEForPreTraining
@@ -87,9 +88,23 @@ class LexMAEPretrainer(BaseTrainer):
         return {}
 
     def loss_parts(self, model: Any, output: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        losses = {"encoder_loss": output.encoder_loss, "decoder_loss": output.decoder_loss}
-        return {name: loss for name, loss in losses.items() if loss is not None}
+        labels = batch["tokens"][STUDENT]
+        parts = {"encoder_loss": output.encoder_loss * _weight_of_this_process(labels["labels"])}
+        if output.decoder_loss is not None:
+            parts["decoder_loss"] = output.decoder_loss * _weight_of_this_process(labels["decoder_labels"])
+        return parts
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
         check_finite(logs, ("encoder_loss", "decoder_loss"), self.state.global_step)
+
+
+def _weight_of_this_process(labels: torch.Tensor) -> torch.Tensor | float:
+    """How many tokens it has to predict, relative to the mean over processes.
+
+    Weighted so, the mean over processes of their mean losses is the mean over all tokens of the joint batch.
+    """
+    if world_size() == 1:
+        return 1.0
+    tokens = (labels >= 0).sum()
+    return tokens * world_size() / sum_over_processes(tokens).clamp(min=1)
