@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import AutocastKwargs
 from safetensors.torch import load_file
 
 from hf_distill.data import RowSet, load_collection
@@ -187,6 +188,24 @@ def test_rate_schedule_and_clipping_of_each(models, tmp_path):
     # Two steps of warm-up, then two down to nothing.
     assert [entry["teacher_learning_rate"] for entry in history] == pytest.approx([2.5e-4, 5e-4, 2.5e-4, 0.0])
     assert all(entry["teacher_grad_norm"] > 0.05 for entry in history)
+
+
+def test_float16_takes_the_loss_scale_out_once(models, tmp_path, monkeypatch):
+    """On a CPU accelerate makes no scaler of its own, so one is put in, and autocast is left out."""
+    settings = {"max_steps": 2, "max_grad_norm": 0.05, "teacher_warmup_steps": 0}
+    plain = make_trainer(job(models, tmp_path, "plain", teacher="dense", arguments=settings))
+    plain.train()
+    trainer = make_trainer(job(models, tmp_path, "scaled", teacher="dense", arguments=settings))
+    monkeypatch.setitem(trainer.accelerator.state._shared_state, "_mixed_precision", "fp16")
+    monkeypatch.setattr(trainer.accelerator, "autocast_handler", AutocastKwargs(enabled=False))
+    trainer.accelerator.native_amp, trainer.accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=1024.0)
+    trainer.train()
+    assert trainer.accelerator.scaler.get_scale() == 1024.0 and trainer.state.global_step == 2
+    for ours, theirs in zip(trainer.state.log_history[:2], plain.state.log_history[:2]):
+        for name in ("grad_norm", "teacher_grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4) and ours[name] > 0.05
+    for name, tensor in plain.model.state_dict().items():
+        assert torch.allclose(tensor, trainer.model.state_dict()[name], atol=1e-4), name
 
 
 def test_both_are_exported(models, tmp_path):
