@@ -12,7 +12,7 @@ from hf_distill.data import Corpus
 from hf_distill.errors import InputError
 from hf_distill.retrieval import EmbeddingStore, Index
 from hf_distill.retrieval import index as index_module
-from hf_distill.retrieval.index import _best_keys, _from_keys
+from hf_distill.retrieval.index import best_keys, from_keys
 
 
 def brute_force(queries, vectors, k):
@@ -41,7 +41,7 @@ def test_exact_search_is_exact_with_ties_in_any_blocks(vectors, queries, k, quer
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=30))
 def test_keys_sort_like_scores_then_positions(values):
     scores = torch.tensor([values])
-    found, positions = _from_keys(_best_keys(scores, len(values), 5))
+    found, positions = from_keys(best_keys(scores, len(values), 5))
     order = sorted(range(len(values)), key=lambda position: (-values[position], position))
     assert positions[0].tolist() == [position + 5 for position in order]
     assert found[0].tolist() == [values[position] for position in order]
@@ -86,10 +86,10 @@ def test_memory_is_bounded_by_a_block(monkeypatch, tmp_path):
     table = Corpus.from_records([{"document_id": str(n), "text": "t"} for n in range(1000)])
     store = EmbeddingStore.write(tmp_path / "store", vectors, table)
     read, scored = [], []
-    rows, best = EmbeddingStore.rows, index_module._best_keys
+    rows, best = EmbeddingStore.rows, index_module.best_keys
     monkeypatch.setattr(EmbeddingStore, "rows", lambda self, a, z: (read.append(z - a), rows(self, a, z))[1])
     monkeypatch.setattr(
-        index_module, "_best_keys", lambda scores, *rest: (scored.append(scores.shape), best(scores, *rest))[1]
+        index_module, "best_keys", lambda scores, *rest: (scored.append(scores.shape), best(scores, *rest))[1]
     )
     Index.build(store).search(vectors[:90], 10, query_block=32, corpus_block=100)
     assert read == [100] * 10

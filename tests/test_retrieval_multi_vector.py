@@ -122,6 +122,7 @@ class StandIn:
 
     def create(self, vectors, nbits, start_from_scratch):
         assert nbits == 4 and start_from_scratch == 0
+        np.save(self.path.with_name("centroids.npy"), np.zeros((16, vectors[0].shape[1]), np.float16))
         self._save([np.zeros((0, vectors[0].shape[1]), np.float16), *(one.numpy() for one in vectors)])
 
     def update(self, vectors, start_from_scratch):
@@ -129,7 +130,7 @@ class StandIn:
         self._save([*self._load(), *(one.numpy() for one in vectors)])
 
     def search(self, queries, top_k, show_progress, n_full_scores, n_ivf_probe=8):
-        assert not show_progress and n_full_scores >= top_k
+        assert not show_progress and n_full_scores >= top_k and n_ivf_probe <= 16
         documents = [torch.from_numpy(one).float() for one in self._load()[1:]]
         results = []
         for query in queries:
@@ -179,7 +180,7 @@ def test_plaid_is_built_in_blocks_and_leaves_out_empty_passages(plaid_engine, tm
     lengths[[0, 17, 299]] = 0
     vectors = generator.standard_normal((lengths.sum(), 32)).astype(np.float32)
     passages = Tokens(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), lengths)
-    monkeypatch.setattr(plaid, "_BLOCK_TOKENS", 500)
+    monkeypatch.setattr(plaid, "_BLOCK_BYTES", 500 * 32 * 12)
     named = np.flatnonzero(lengths)
     plaid.write_plaid(tmp_path / "index", passages, named)
     index = plaid.PlaidIndex(tmp_path / "index", named, torch.device("cpu"), {"n_ivf_probe": 64})
@@ -191,12 +192,46 @@ def test_plaid_is_built_in_blocks_and_leaves_out_empty_passages(plaid_engine, tm
     assert [place in one for place, one in zip(wanted, [found[0], found[1], found[3]])] == [True] * 3
 
 
-def test_plaid_is_asked_for_before_any_work(model, monkeypatch):
-    with pytest.raises(InputError, match="'nprobe=3' is no option of PLAID"):
-        check_factory(model, "Plaid;nprobe=3")
+def test_plaid_leaves_a_handful_of_tokens_to_plain_maxsim(model, collection, truth, tmp_path):
+    few = collection.corpus.select(np.arange(3))
+    store = encode_table(model, few, "passage", dtype="float32", storage="float16", cache_dir=tmp_path)
+    index = TokenIndex(store, "Plaid")
+    scores, positions = index.search(encode_texts(model, collection.queries.texts([0]), "query", dtype="float32"), 2)
+    np.testing.assert_allclose(scores[0], -np.sort(-truth[0, :3])[:2], atol=0.02)
+    assert set(positions[0]) <= {0, 1, 2}
+
+
+@pytest.mark.parametrize("wrong", ["nprobe=3", "nbits=0", "n_ivf_probe=many"])
+def test_options_that_plaid_does_not_have(wrong, model, plaid_engine):
+    with pytest.raises(InputError, match=f"'{wrong}' is no option of PLAID"):
+        check_factory(model, f"Plaid;{wrong}")
+
+
+def test_plaid_is_asked_for_before_any_work(model, plaid_engine, monkeypatch):
+    check_factory(model, "Plaid;nbits=2,n_ivf_probe=100000")
+    with pytest.raises(InputError, match=r"width 16 to 3 bits.*nbits of 1, 2, 4, 8"):
+        check_factory(model, "Plaid;nbits=3")
+    monkeypatch.setattr(model.config, "normalize", False)
+    with pytest.raises(InputError, match=r"tokens differ in length.*Use Flat"):
+        check_factory(model, "Plaid")
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "fast_plaid", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"PLAID is not installed.*hf_distill\[plaid\]"):
         check_factory(model, "Plaid")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace())
+    with pytest.raises(InputError, match=r"fast-plaid cannot be loaded.*bound to a version of torch"):
+        check_factory(model, "Plaid")
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF1,Flat"])
+def test_copies_of_a_passage_stand_in_their_order(factory):
+    one = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
+    index = TokenIndex(Tokens(np.tile(one, (200, 1)), np.full(200, 4)), factory)
+    scores, positions = index.search(Tokens(one, np.array([4])), 5)
+    assert positions.tolist() == [[0, 1, 2, 3, 4]] and len(set(scores[0])) == 1
+    scores, positions = index.search(Tokens(np.empty((0, 8), np.float32), np.empty(0, np.int64)), 5)
+    assert scores.shape == positions.shape == (0, 5)
 
 
 def test_reranking_the_candidates_of_another_retriever(model, collection, truth):

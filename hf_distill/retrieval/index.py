@@ -173,7 +173,7 @@ class Index:
             for start in starts:
                 block = torch.from_numpy(self._block(start, start + corpus_block)).to(self.device)
                 for number, query in enumerate(wanted):
-                    found = _best_keys(product(query, block), k, start)
+                    found = best_keys(product(query, block), k, start)
                     if best[number] is not None:
                         found = torch.cat([best[number], found], dim=1)
                         found = found.topk(min(k, found.shape[1]), dim=1).values
@@ -182,7 +182,7 @@ class Index:
                         bar.update(1)
         if bar is not None:
             bar.close()
-        scores, positions = _from_keys(torch.cat(best))
+        scores, positions = from_keys(torch.cat(best))
         return scores.cpu().numpy(), positions.cpu().numpy()
 
     def _block(self, start: int, stop: int) -> np.ndarray:
@@ -296,7 +296,7 @@ def number_of_lists(index: Any) -> int:
         return 0
 
 
-def _best_keys(scores: torch.Tensor, k: int, first: int) -> torch.Tensor:
+def best_keys(scores: torch.Tensor, k: int, first: int) -> torch.Tensor:
     """The k best of a block of scores `[q, c]` as sortable keys `int64[q, k']`, descending.
 
     A key holds the score in its upper half and the inverted position in its lower one, so that no two are equal and
@@ -320,7 +320,8 @@ def _best_keys(scores: torch.Tensor, k: int, first: int) -> torch.Tensor:
     return ((ordered << 32) | (0xFFFFFFFF - (columns + first))).sort(dim=1, descending=True).values
 
 
-def _from_keys(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def from_keys(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores float32 and positions int64 of the keys that [`best_keys`] made, in their shape."""
     ordered = (keys >> 32).to(torch.int32)
     scores = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32)
     return scores, 0xFFFFFFFF - (keys & 0xFFFFFFFF)

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from ..files import atomic_path
-from .index import EXACT, Index
+from .index import EXACT, Index, best_keys, from_keys
 from .inference import InferenceModel
-from .plaid import PlaidIndex, is_plaid
+from .plaid import SMALLEST, PlaidIndex, is_plaid
 from .shards import write_array
 from .store import EmbeddingStore, VectorStore
 
@@ -169,6 +169,9 @@ class TokenIndex:
         self._candidates: TokenNeighbours | PlaidIndex | None = None
         options: dict[str, Any] = {"search_options": search_options, "cache_dir": cache_dir}
         if is_plaid(factory):
+            # The engine cannot learn to compress a handful of tokens; they are compared in no time.
+            if passages.lengths.sum() < SMALLEST:
+                return
             self._candidates = PlaidIndex.build(passages, factory, device=self.device, **options)
         elif factory != EXACT:
             flat = passages.flat if isinstance(passages, TokenStore) else passages.vectors
@@ -181,9 +184,12 @@ class TokenIndex:
         """The k best passages of each query.
 
         Returns:
-            Scores `float32[n, k]`, descending, and positions `int64[n, k]`, -1 where there are fewer passages.
+            Scores `float32[n, k]`, descending, and positions `int64[n, k]`, -1 where there are fewer passages. Equal
+            scores stand in the order of the passages.
         """
         k = min(k, len(self.passages))
+        if not len(queries):
+            return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
         search = self._search_all if self._candidates is None else self._search_candidates
         parts = [
             search(queries.rows(start, min(start + _BLOCK_QUERIES, len(queries))), k)
@@ -192,24 +198,21 @@ class TokenIndex:
         return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
     def _search_all(self, queries: Tokens, k: int) -> tuple[np.ndarray, np.ndarray]:
-        best = torch.full((len(queries), 0), -torch.inf, device=self.device)
-        places = torch.zeros((len(queries), 0), dtype=torch.int64, device=self.device)
+        best = torch.zeros((len(queries), 0), dtype=torch.int64, device=self.device)
         budget = min(_BLOCK_TOKENS, max(1, _CELLS // max(1, len(queries.vectors))))
         for start, stop in _blocks(self.passages.lengths, budget):
             scores = block_maxsim(queries, self.passages.rows(start, stop), self.device)
-            new = torch.arange(start, stop, device=self.device).expand(len(queries), -1)
-            best, places = torch.cat([best, scores], 1), torch.cat([places, new], 1)
+            best = torch.cat([best, best_keys(scores, k, start)], 1)
             if best.shape[1] > max(4 * k, 4096) or stop == len(self.passages):
-                best, chosen = best.topk(min(k, best.shape[1]), dim=1)
-                places = places.gather(1, chosen)
-        return best.cpu().numpy(), places.cpu().numpy()
+                best = best.topk(min(k, best.shape[1]), dim=1).values
+        scores, positions = from_keys(best)
+        return scores.cpu().numpy(), positions.cpu().numpy()
 
     def _search_candidates(self, queries: Tokens, k: int) -> tuple[np.ndarray, np.ndarray]:
         scores = np.full((len(queries), k), -np.inf, np.float32)
         positions = np.full((len(queries), k), -1, np.int64)
         for row, found in enumerate(self._candidates.find(queries, _POOL * k)):
             exact = pair_scores(queries.rows(row, row + 1), self.passages, found, self.device)
-            # Equal scores in the order of the passages, as everywhere.
             order = np.lexsort((found, -exact))[:k]
             scores[row, : len(order)], positions[row, : len(order)] = exact[order], found[order]
         return scores, positions

@@ -28,11 +28,14 @@ PLAID = "Plaid"
 # Raised by hand when the same key would give another index.
 PLAID_VERSION = 1
 
-# Tokens of passages that the engine is given at once: 1 GiB at a width of 128.
-_BLOCK_TOKENS = 2**22
-_BITS = 4
+# What the engine needs for the vectors of passages that it is given at once, and for each of their numbers: ours, and
+# its own copies in half and in single precision.
+_BLOCK_BYTES, _NUMBER_BYTES = 2**31, 12
+_BITS, _ALL_BITS = 4, (1, 2, 4, 8)
 # What may stand after the semicolon; see fast-plaid's `search`.
 _SEARCH_OPTIONS = ("n_ivf_probe", "n_full_scores")
+# Fewer tokens than these are searched without the engine.
+SMALLEST = 1024
 
 
 def is_plaid(factory: str) -> bool:
@@ -40,11 +43,19 @@ def is_plaid(factory: str) -> bool:
     return factory.partition(";")[0] == PLAID
 
 
-def check_plaid(factory: str = PLAID, search_options: str | None = None) -> dict[str, int]:
+def check_plaid(
+    factory: str = PLAID, search_options: str | None = None, *, width: int | None = None, normalized: bool = True
+) -> dict[str, int]:
     """The options of a description, `"Plaid;nbits=2,n_ivf_probe=32"`.
 
+    Args:
+        factory: The description.
+        search_options: The options, if they do not stand in `factory`.
+        width: Of the token vectors.
+        normalized: Whether they have length 1.
+
     Raises:
-        InputError: If an option is unknown or no number, or if the engine is not installed.
+        InputError: If an option is unknown or cannot be, if the engine is not there, or if it does not suit the model.
     """
     options = {"nbits": _BITS}
     written = search_options or factory.partition(";")[2]
@@ -57,14 +68,35 @@ def check_plaid(factory: str = PLAID, search_options: str | None = None) -> dict
                 cure="Write for example Plaid;nbits=2,n_ivf_probe=32,n_full_scores=8192",
             )
         options[name] = int(value)
-    if importlib.util.find_spec("fast_plaid") is None:
+    bits = options["nbits"]
+    if bits not in _ALL_BITS or (width or 8) * bits % 8:
         raise InputError(
-            "PLAID is not installed",
+            f"PLAID cannot compress {f'vectors of width {width}' if width else 'vectors'} to {bits} bits a number",
             where="index",
-            cure="pip install 'hf_distill[plaid]' (its wheels are bound to a version of torch), or name an index of "
-            "FAISS over tokens, for example 'IVF4096,PQ16;nprobe=32'",
+            cure=f"Choose nbits of {', '.join(map(str, _ALL_BITS))}, so that a vector fills whole bytes",
         )
+    if not normalized:
+        raise InputError(
+            "PLAID finds passages by the directions of tokens, and this model's tokens differ in length",
+            where="index",
+            cure="Use Flat, or an index of FAISS over tokens, for example 'IVF4096,PQ16;nprobe=32'",
+        )
+    _import_plaid()
     return options
+
+
+def _import_plaid() -> Any:
+    try:
+        from fast_plaid import search
+    except ImportError as error:
+        missing = importlib.util.find_spec("fast_plaid") is None
+        raise InputError(
+            "PLAID is not installed" if missing else f"the installed fast-plaid cannot be loaded ({error})",
+            where="index",
+            cure="pip install 'hf_distill[plaid]' (its wheels are each bound to a version of torch), or name an index "
+            "of FAISS over tokens, for example 'IVF4096,PQ16;nprobe=32'",
+        ) from None
+    return search
 
 
 class PlaidIndex:
@@ -78,8 +110,11 @@ class PlaidIndex:
     """
 
     def __init__(self, folder: str | os.PathLike, named: np.ndarray, device: torch.device, options: dict[str, int]):
-        self.named, self.options = named, options
+        self.named, self.options = named, dict(options)
         self._engine = _engine(folder, device)
+        if "n_ivf_probe" in options:
+            centroids = np.load(Path(folder) / "centroids.npy", mmap_mode="r", allow_pickle=False)
+            self.options["n_ivf_probe"] = min(options["n_ivf_probe"], len(centroids))
 
     @classmethod
     def build(
@@ -152,19 +187,22 @@ def write_plaid(
     Path(folder).mkdir(parents=True, exist_ok=True)
     engine = _engine(folder, torch.device(device))
     named = np.asarray(named, np.int64)
-    block = np.cumsum(passages.lengths[named]) // _BLOCK_TOKENS
+    block = np.cumsum(passages.lengths[named]) * passages.shape[1] * _NUMBER_BYTES // _BLOCK_BYTES
     for number, chosen in enumerate(np.split(named, np.flatnonzero(np.diff(block)) + 1)):
-        tokens = passages.take(chosen)
-        vectors = torch.from_numpy(tokens.vectors).half().split(tokens.lengths.tolist())
-        # Without the threshold the engine would keep small corpora uncompressed as well.
+        vectors = _halves(passages, chosen)
+        # With a threshold above 0 the engine would keep a small corpus uncompressed as well.
         if number == 0:
-            engine.create(list(vectors), nbits=bits, start_from_scratch=0)
+            engine.create(vectors, nbits=bits, start_from_scratch=0)
         else:
-            engine.update(list(vectors), start_from_scratch=0)
+            engine.update(vectors, start_from_scratch=0)
     engine.close()
 
 
-def _engine(folder: str | os.PathLike, device: torch.device) -> Any:
-    from fast_plaid.search import FastPlaid
+def _halves(passages: TokenStore | Tokens, positions: np.ndarray) -> list[torch.Tensor]:
+    """The token vectors of some passages, float16 `[tokens, D]` each."""
+    tokens = passages.take(positions)
+    return list(torch.from_numpy(tokens.vectors).half().split(tokens.lengths.tolist()))
 
-    return FastPlaid(index=str(folder), device=str(device))
+
+def _engine(folder: str | os.PathLike, device: torch.device) -> Any:
+    return _import_plaid().FastPlaid(index=str(folder), device=str(device))

@@ -200,7 +200,7 @@ def check_factory(model: RetrievalModel, factory: str) -> None:
         if is_pisa(factory):
             check_pisa()
     elif model.representation == "tokens" and is_plaid(factory):
-        check_plaid(factory)
+        check_plaid(factory, width=model.token_size, normalized=model.config.normalize)
     elif factory != EXACT and model.representation != "pair":
         empty_index(factory, model.token_size if model.representation == "tokens" else model.embedding_size)
 
