@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate.utils import AutocastKwargs
 from safetensors.torch import load_file
+from transformers import get_scheduler
 
 from hf_distill.data import RowSet, load_collection
 from hf_distill.errors import InputError
@@ -21,6 +22,7 @@ from hf_distill.losses import contrastive_loss, kl_loss, layer_alignment_loss
 from hf_distill.models import CrossEncoderRanker, DenseRetriever, MultiVectorRetriever, load_model
 from hf_distill.teachers import CachedScores, JointTeacher, LiveTeacher
 from hf_distill.trainers import DistillTrainer, DistillTrainingArguments
+from hf_distill.trainers.joint import joint_schedules
 
 from .joint_run import make_trainer
 from .model_zoo import save_tiny
@@ -190,6 +192,55 @@ def test_rate_schedule_and_clipping_of_each(models, tmp_path):
     assert all(entry["teacher_grad_norm"] > 0.05 for entry in history)
 
 
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("cosine_with_min_lr", {"min_lr": 1e-4}),
+        ("cosine_with_restarts", {"num_cycles": 2}),
+        ("warmup_stable_decay", {"num_decay_steps": 3}),
+        ("polynomial", {"lr_end": 5e-5, "power": 2.0}),
+    ],
+)
+def test_schedules_and_their_arguments(kind, given, models, tmp_path):
+    settings = {"lr_scheduler_type": kind, "lr_scheduler_kwargs": given, "max_steps": 8}
+    trainer = make_trainer(job(models, tmp_path, "schedules", teacher="dense", arguments=settings))
+    trainer.create_optimizer_and_scheduler(8)
+    expected = []
+    for rate, warmup in ((1e-3, 0), (5e-4, 2)):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+        expected.append(get_scheduler(kind, optimizer, warmup, 8, given))
+    by_model = [group["model"] for group in trainer.optimizer.param_groups]
+    for step in range(9):
+        rates = dict(zip(by_model, trainer.lr_scheduler.get_last_lr()))
+        for who, one in zip(("student", "teacher"), expected):
+            assert rates[who] == pytest.approx(one.get_last_lr()[0], abs=1e-9), (who, step)
+            one.optimizer.step(), one.step()
+        trainer.optimizer.step(), trainer.lr_scheduler.step()
+
+
+def test_a_teacher_of_another_schedule_has_its_defaults():
+    args = DistillTrainingArguments(
+        use_cpu=True,
+        warmup_steps=0,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs='{"min_lr_rate": 0.25}',
+        teacher_lr_scheduler_type="linear",
+    )
+    schedules = joint_schedules(args, 10)
+    assert schedules["student"](10) == pytest.approx(0.25) and schedules["teacher"](10) == 0.0
+
+
+def test_a_joint_training_of_warm_up_alone_is_said(models, tmp_path, caplog):
+    caplog.set_level("WARNING", logger="hf_distill")
+    for student, teacher, said in ((4, 0, "--warmup_steps 0"), (0, 4, "--teacher_warmup_steps 0"), (0, 3, None)):
+        caplog.clear()
+        settings = {"warmup_steps": student, "teacher_warmup_steps": teacher}
+        trainer = make_trainer(job(models, tmp_path, "warm", teacher="dense", arguments=settings))
+        trainer.create_optimizer_and_scheduler(4)
+        found = [record.getMessage() for record in caplog.records if "all of them warm-up" in record.getMessage()]
+        assert len(found) == (said is not None) and all(said in message for message in found)
+
+
 def test_float16_takes_the_loss_scale_out_once(models, tmp_path, monkeypatch):
     """On a CPU accelerate makes no scaler of its own, so one is put in, and autocast is left out."""
     settings = {"max_steps": 2, "max_grad_norm": 0.05, "teacher_warmup_steps": 0}
@@ -262,8 +313,15 @@ def test_refusals(models, tmp_path, tiny_bert):
         trainer(
             [LiveTeacher("a", dense)], losses='[{"name": "contrastive", "learner": "teacher", "candidates": "own"}]'
         )
-    with pytest.raises(InputError, match="depends on more than the step"):
-        trainer([JointTeacher("a", dense)], teacher_lr_scheduler_type="reduce_lr_on_plateau").train()
+    # Before the first step: these options are all that a schedule depends on.
+    for options, problem in (
+        ({"teacher_lr_scheduler_type": "reduce_lr_on_plateau"}, "depends on more than the step"),
+        ({"teacher_lr_scheduler_type": "steep"}, "teacher_lr_scheduler_type.*'steep' with no arguments"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr.*lr_scheduler_kwargs"),
+        ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"min_lr": 0}}, "'min_lr': 0.*lr_scheduler_kwargs"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            trainer([JointTeacher("a", dense)], **options)
     with pytest.raises(InputError, match="cannot score global candidates"):
         trainer(
             [JointTeacher("a", CrossEncoderRanker.from_pretrained(models["ranker"]))],

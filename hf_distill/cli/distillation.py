@@ -91,10 +91,14 @@ class Distillation:
         encode_options: IndexOptions,
         args: Any,
     ):
+        from ..trainers.joint import joint_schedules
+
         self.options, self.row_options, self.encode_options, self.args = options, row_options, encode_options, args
         self.data = steps.Data.open(data_options)
         self.encode = steps.encode_settings(encode_options, data_options)
         self.teachers = [self._open_teacher(number, origin) for number, origin in enumerate(options.teacher)]
+        if any(spec.is_joint for spec in self.teachers):
+            joint_schedules(args, 1)
         self.student = self._open_student(steps.model_overrides(model_options))
         self._check_layers()
         steps.check_training(

@@ -97,6 +97,16 @@ def own_callbacks(args: RetrievalTrainingArguments, evaluation: RetrievalEvaluat
     return made
 
 
+def say_if_all_warm_up(warmup: int, total: int, option: str) -> None:
+    """Warns if a training of `total` steps has no other than the `warmup` ones that `option` stands for."""
+    if warmup >= total:
+        logger.warning(
+            "The training has %d step%s, all of them warm-up, and the first has a learning rate of 0. Lower "
+            "--per_device_train_batch_size or raise --num_train_epochs, or set --%s 0.",
+            total, "s" if total > 1 else "", option,
+        )  # fmt: skip
+
+
 class BaseTrainer(PublishingTrainer, ABC):
     """A [`~transformers.Trainer`] whose rows are ids and whose checkpoints are native.
 
@@ -273,12 +283,7 @@ class BaseTrainer(PublishingTrainer, ABC):
     # ---- Training and evaluation ----
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """As [`~transformers.Trainer.create_scheduler`]; says if nothing but warm-up is left of a short training."""
-        if self.args.get_warmup_steps(num_training_steps) >= num_training_steps:
-            logger.warning(
-                "The training has %d step%s, all of them warm-up, and the first has a learning rate of 0. Lower "
-                "--per_device_train_batch_size or raise --num_train_epochs, or set --warmup_steps 0.",
-                num_training_steps, "s" if num_training_steps > 1 else "",
-            )  # fmt: skip
+        say_if_all_warm_up(self.args.get_warmup_steps(num_training_steps), num_training_steps, "warmup_steps")
         return super().create_scheduler(num_training_steps, optimizer)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:

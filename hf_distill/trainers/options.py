@@ -108,7 +108,10 @@ class DistillOptions(RetrievalOptions):
     teacher_warmup_steps: float | None = option(
         None, "Its linear warm-up: a number of steps, or below 1 a share of all steps. Default: the student's."
     )
-    teacher_lr_scheduler_type: str | None = option(None, "Its schedule, for example linear. Default: the student's.")
+    teacher_lr_scheduler_type: str | None = option(
+        None,
+        "Its schedule, for example linear. Default: the student's, with the same lr_scheduler_kwargs.",
+    )
     calibration_rows: int = option(
         1024, "Rows whose teacher scores are looked at before training: for warnings and for fitted temperatures."
     )
