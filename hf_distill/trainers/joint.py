@@ -88,11 +88,16 @@ class JointTraining:
         self._teacher_norm = torch.nn.utils.clip_grad_norm_(both.teacher.parameters(), most)
         return student_norm
 
+    def _get_learning_rate(self) -> float:
+        # Asked for between a step and the next rate; the Trainer logs the first group's, which is the student's.
+        if self.joint is not None:
+            groups = zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True)
+            self._teacher_rate_used = {group["model"]: rate for group, rate in groups}["teacher"]
+        return super()._get_learning_rate()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.joint is not None and "learning_rate" in logs:
-            # The Trainer logs the first group's, which is the student's.
-            rates = {group["model"]: group["lr"] for group in self.optimizer.param_groups}
-            logs["teacher_learning_rate"] = rates["teacher"]
+            logs["teacher_learning_rate"] = self._teacher_rate_used
             if getattr(self, "_teacher_norm", None) is not None:
                 logs["teacher_grad_norm"] = float(self._teacher_norm)
         super().log(logs, start_time)
