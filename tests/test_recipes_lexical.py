@@ -61,6 +61,9 @@ def test_the_published_numbers_of_led():
     losses = {name: stages[name].settings["losses"] for name in ("led", "led_ranker")}
     rank = {name: next(one for one in terms if one["name"] == "rank_consistency") for name, terms in losses.items()}
     assert [(one["weight"], one["include_positive"]) for one in rank.values()] == [(1.0, True), (1.2, False)]
+    # Published: a negative counts as often as it was drawn, and every judgement is an example.
+    assert not any(one["mask_false_negatives"] for terms in losses.values() for one in terms)
+    assert all(stages[name].settings["positive_sampling"] == "rotate" for name in table)
     kl = next(one for one in losses["led_ranker"] if one["name"] == "kl")
     assert (kl["weight"], kl["temperature"], kl["candidates"], kl["scale_by_temperature"]) == (1.5, 3, "own", True)
 
@@ -82,6 +85,10 @@ def test_the_published_numbers_of_lexmae():
     ]
     assert [one["flops"] for one in weights] == [0.002, 0.008, 0.008]
     assert weights[2]["contrastive"] == 0.2 and weights[2]["kl"] == 1.0
+    for name in ("stage_1", "stage_2", "stage_3"):
+        settings = stages[name].settings
+        assert settings["positive_sampling"] == "rotate"
+        assert not any(one["mask_false_negatives"] for one in settings["losses"] if one["name"] != "flops"), name
     assert stages["hard_1"].settings["mine_depth"] == stages["hard_2"].settings["mine_depth"] == 512
     assert (stages["hard_1"].settings["mine_negatives"], stages["hard_2"].settings["mine_negatives"]) == (200, 512)
 
