@@ -113,13 +113,26 @@ def test_a_pretrained_model_says_what_it_is(world):
 
 
 @pytest.mark.slow
-def test_terms_are_shown_and_drawn(world, micro, capsys):
-    folder = world["root"] / "terms"
-    command = ["explain", "--data", micro, "--model", world["lexical"], "--query", "how is bread made", "--top", "5"]
+@pytest.mark.parametrize("question", ["how is bread made", None])
+def test_terms_are_shown_and_drawn(question, world, micro, capsys):
+    """Of a question and the best passage, or of the first judged question and a relevant passage."""
+    folder = world["root"] / f"terms-{question}"
+    command = ["explain", "--data", micro, "--model", world["lexical"], "--top", "5"]
+    command += ["--query", question] if question else []
     main([*map(str, command), "--output_dir", str(folder), "--cache_dir", str(world["root"] / "cache")])
     shown = capsys.readouterr()
     assert "part of the score" in shown.out + shown.err
-    terms = json.loads((folder / "terms.json").read_text())["terms"]
+    entry = json.loads((folder / "terms.json").read_text())
+    if question is None:
+        judged = [line.split("\t") for line in (micro / "qrels" / "test.tsv").read_text().splitlines()[1:]]
+        texts = {
+            one["_id"]: one["text"]
+            for name in ("queries", "corpus")
+            for one in map(json.loads, (micro / f"{name}.jsonl").read_text().splitlines())
+        }
+        pairs = [(texts[query], texts[document]) for query, document, grade in judged if int(grade) > 0]
+        assert any(query == entry["query"] and passage in entry["passage"] for query, passage in pairs)
+    terms = entry["terms"]
     for column in terms.values():
         weights = list(column.values())
         assert weights == sorted(weights, reverse=True)

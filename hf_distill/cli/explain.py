@@ -6,12 +6,16 @@ import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..settings import option
 from .options import CollectionOptions, EncodeOptions
 from .parsing import Verb, require
+
+
+if TYPE_CHECKING:
+    from ..data import Collection
 
 
 @dataclass
@@ -21,8 +25,10 @@ class ExplainOptions:
     _argument_group_name = "explanation"
 
     model: str | None = option(None, "Hub id or folder of a lexical model.")
-    query: str | None = option(None, "The question.")
-    passage: str | None = option(None, "A passage. Default: the best of the collection (--data).")
+    query: str | None = option(None, "The question. Default: the first of the collection (--data) that is judged.")
+    passage: str | None = option(
+        None, "A passage. Default: the best of the collection (--data); without --query a relevant one."
+    )
     top: int = option(15, "Terms to show of each.")
     output_dir: str | None = option(None, "Folder for terms.png and terms.json.")
 
@@ -32,14 +38,14 @@ def run(data_options: CollectionOptions, options: ExplainOptions, encode_options
     require(
         "explain",
         model=(options.model, "a Hub id or folder of a lexical model"),
-        query=(options.query, "a question"),
     )
-    if options.passage is None and data_options.data is None:
-        raise InputError(
-            "there is no passage to explain",
-            where="--passage",
-            cure="Give one, or a collection (--data) whose best passage is taken",
-        )
+    for name, cure in (("query", "first question"), ("passage", "best passage")):
+        if getattr(options, name) is None and data_options.data is None:
+            raise InputError(
+                f"there is no {name} to explain",
+                where=f"--{name}",
+                cure=f"Give one, or a collection (--data) whose {cure} is taken",
+            )
     if options.top < 1:
         raise InputError(f"{options.top} terms are too few", where="--top", cure="Ask for one at least")
     from ..console import print_table
@@ -53,14 +59,17 @@ def run(data_options: CollectionOptions, options: ExplainOptions, encode_options
     if model.representation != "sparse":
         raise InputError("this is no lexical model", where="--model", cure="Give one, trained with --kind lexical say")
     settings = steps.encode_settings(encode_options, data_options)
-    passage = options.passage
-    if passage is None:
-        corpus = steps.Data.open(data_options).collection.corpus
-        _, positions = Searcher(model, corpus, **settings)(options.query, 1)
+    query, positions = options.query, None
+    if query is None or options.passage is None:
+        collection = steps.Data.open(data_options).collection
+    if query is None:
+        query, positions = _judged_pair(collection)
+    elif options.passage is None:
+        _, positions = Searcher(model, collection.corpus, **settings)(query, 1)
         if not len(positions):
             raise InputError("no passage shares a term with the question", where="--query", cure="Ask another one")
-        passage = corpus.texts(positions, template=model.config.template)[0]
-    terms = text_terms(model, options.query, passage, dtype=encode_options.dtype)
+    passage = options.passage or collection.corpus.texts(positions, template=model.config.template)[0]
+    terms = text_terms(model, query, passage, dtype=encode_options.dtype)
     sys.stdout.write(textwrap.fill(passage, 100) + "\n\n")
     counts = f"{len(terms.query)} terms of the query, {len(terms.passage)} of the passage, {len(terms.shared)} shared"
     print_table(
@@ -71,9 +80,18 @@ def run(data_options: CollectionOptions, options: ExplainOptions, encode_options
     if options.output_dir is not None:
         folder = Path(options.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        plot_terms(terms, folder / "terms.png", top=options.top, title=options.query)
-        entry: dict[str, Any] = {"query": options.query, "passage": passage, "terms": terms._asdict()}
+        plot_terms(terms, folder / "terms.png", top=options.top, title=query)
+        entry: dict[str, Any] = {"query": query, "passage": passage, "terms": terms._asdict()}
         write_json(folder / "terms.json", entry)
+
+
+def _judged_pair(collection: Collection) -> tuple[str, list[int]]:
+    """The first query with a relevant passage, of the test split if there is one, and the passage's position."""
+    for name in ("test", "dev", "train"):
+        qrels = collection.qrels.get(name)
+        if qrels is not None and len(positions := qrels.query_positions()):
+            return collection.queries.texts(positions[:1])[0], [int(qrels.positives().of(positions[0])[0])]
+    raise InputError("the collection has no judgements", where=collection.source, cure="Give a question with --query")
 
 
 def _rows(columns: list[dict[str, float]], top: int) -> list[list[str]]:

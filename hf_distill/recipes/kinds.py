@@ -149,6 +149,9 @@ register_kind(
     StageKind("compare", 1, ANYTHING, {"data": COLLECTION, "systems": ANYTHING}, (("systems",),)),
 )
 register_kind(
+    StageKind("explain", 1, ANYTHING, {"data": COLLECTION, "model": MODEL}, (("model",), ("data", "query"))),
+)
+register_kind(
     StageKind("push", 1, None, {"folder": ANYTHING, "data": COLLECTION}, (("folder",), ("repo_id",)), output=None),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,7 @@ from .results import own_figures
 # Where the part of a model card that a recipe writes begins.
 _TOLD = "<!-- the recipe's stages -->"
 # Raised by hand when the same records would give another report.
-_VERSION = 2
+_VERSION = 3
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .25rem .8rem; border-bottom: 1px solid #ddd; }
@@ -123,6 +124,11 @@ def _plots(recipe: Recipe, folder: Path, metrics: Mapping[str, Any]) -> dict[str
         path = f"plots/training-{name}.png"
         if history.is_file() and plot_training(read_json(history), folder / path) is not None:
             plots[path] = f"Training of stage {name}"
+        terms = folder / "stages" / name / "terms.png"
+        if terms.is_file():
+            path = f"plots/terms-{name}.png"
+            shutil.copyfile(terms, folder / path)
+            plots[path] = "The heaviest terms of a query and of a passage, and those they share"
     return plots
 
 
