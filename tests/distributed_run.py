@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hf_distill.data import RowSet, load_collection
+from hf_distill.data.masking import StreamedTexts
 from hf_distill.distributed import is_sharded, leave, world_size
 from hf_distill.evaluation import RetrievalEvaluation
 from hf_distill.files import write_json
@@ -119,14 +120,20 @@ def train(settings: dict[str, Any]) -> None:
 
 
 def pretrain(settings: dict[str, Any]) -> None:
-    """LexMAE on the collection's passages, which are of very different lengths."""
+    """LexMAE on the collection's passages, which are of very different lengths; perhaps on a stream of them."""
     args = LexMAETrainingArguments(**settings["arguments"])
     torch.manual_seed(0)
     model = LexMAEForPreTraining.from_pretrained(settings["teacher"], new_head="random", passage_length=40)
     for part in model.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0
-    trainer = LexMAEPretrainer(model, args, open_collection(settings["collection"]).corpus)
+    texts = open_collection(settings["collection"]).corpus
+    if settings.get("streamed"):
+        from datasets import IterableDataset
+
+        stream = IterableDataset.from_generator(partial(map, dict, texts.dataset))
+        texts = StreamedTexts(stream, model.config.template, seed=1, buffer=10)
+    trainer = LexMAEPretrainer(model, args, texts)
     trainer.train()
     if trainer.is_world_process_zero():
         seen = {

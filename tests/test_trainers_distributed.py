@@ -156,12 +156,16 @@ def life(models: dict[str, str], folder: Path, processes: int) -> list[dict]:
     return [begun, {**resumed, "resume": str(folder / "life" / "checkpoint-2")}]
 
 
-def pretraining(models: dict[str, str], folder: Path, processes: int) -> dict:
-    """A pre-training of a few steps of 8 texts in all."""
-    one = job(models, folder, processes, "lexical", name="pretraining")
-    for unknown in ("num_negatives", "losses", "dropout"):
-        del one["arguments"][unknown]
-    return one | {"kind": "pretrain"}
+def pretraining(models: dict[str, str], folder: Path, processes: int) -> list[dict]:
+    """Pre-trainings of a few steps of 8 texts in all: a corpus, and a stream, which loader workers tokenise."""
+    jobs = []
+    for name, workers in (("pretraining", 0), ("streamed_pretraining", processes - 1)):
+        more = {"arguments": {"dataloader_num_workers": workers}, "streamed": name != "pretraining"}
+        one = job(models, folder, processes, "lexical", name=name, **more) | {"kind": "pretrain"}
+        for unknown in ("num_negatives", "losses", "dropout"):
+            del one["arguments"][unknown]
+        jobs.append(one)
+    return jobs
 
 
 def common_folder(tmp_path_factory, name: str) -> Path:
@@ -198,7 +202,7 @@ def one_process(tmp_path_factory, models):
     folder = common_folder(tmp_path_factory, "one")
     jobs = [job(models, folder, 1, loss, way) for loss, way in MATRIX]
     jobs += [*two_towers(models, folder, 1), *other_students(models, folder, 1), *life(models, folder, 1)]
-    jobs.append(pretraining(models, folder, 1))
+    jobs += pretraining(models, folder, 1)
     return {"folder": folder, **run_jobs(jobs, folder, None)}
 
 
@@ -210,7 +214,7 @@ def two_processes(tmp_path_factory, models):
         jobs.append(job(models, folder, 2, "kl_global", way, name=name, fully_shard=True, export=True))
     jobs.append(job(models, folder, 2, "kl_global", name="whole", export=True))
     jobs += [*two_towers(models, folder, 2), *other_students(models, folder, 2, "divided_", fully_shard=True)]
-    jobs.append(pretraining(models, folder, 2))
+    jobs += pretraining(models, folder, 2)
     jobs.append({"kind": "golden", "result": str(folder / "golden.json")})
     return {"folder": folder, **run_jobs(jobs, folder, "multi_cpu")}
 
@@ -258,9 +262,10 @@ def test_processes_accumulation_and_caching_change_nothing(loss, way, one_proces
     assert_same_training(reference, two)
 
 
-def test_pretraining_is_the_same_on_two_processes(one_process, two_processes):
+@pytest.mark.parametrize("name", ["pretraining", "streamed_pretraining"])
+def test_pretraining_is_the_same_on_two_processes(name, one_process, two_processes):
     """Means over the tokens of the joint batch, though one process has more of them than the other."""
-    reference, two = one_process["pretraining"], two_processes["pretraining"]
+    reference, two = one_process[name], two_processes[name]
     assert (reference["world_size"], two["world_size"]) == (1, 2)
     assert {"encoder_loss", "decoder_loss"} <= set(reference["history"][0])
     assert_same_training(reference, two)

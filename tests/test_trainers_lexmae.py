@@ -103,7 +103,7 @@ def test_half_precision(collection, folder, tmp_path):
 def test_a_stream_goes_round_in_another_order(collection):
     texts = stream_of(collection, seed=1)
     found = []
-    for example in texts:
+    for example in texts.examples():
         found.append(example)
         if len(found) == 2 * len(collection.corpus):
             break
@@ -133,4 +133,4 @@ def test_bad_input(collection, folder, tmp_path):
         yield {"body": "text"}
 
     with pytest.raises(InputError, match="no text in the column 'text'.*'body'"):
-        next(iter(StreamedTexts(IterableDataset.from_generator(generate), "{text}", buffer=0)))
+        next(StreamedTexts(IterableDataset.from_generator(generate), "{text}", buffer=0).examples())

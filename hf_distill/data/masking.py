@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 from ..errors import InputError
 from ..passages import render_passage
 from .negatives import random_stream
+from .streaming import ahead
 
 
 if TYPE_CHECKING:
@@ -27,6 +30,8 @@ DECODER_MASKINGS = ("inclusive", "random", "exclusive")
 # Of the chosen tokens: this share becomes the mask token, from there to the second a random token, the rest stays.
 _MASKED, _CHANGED = 0.8, 0.9
 _ENCODER, _DECODER = 10, 11
+# Texts of a stream that are read together, while those before are used.
+_READ_TEXTS = 1024
 
 
 class TextExample(NamedTuple):
@@ -210,10 +215,11 @@ class CorpusTexts(torch.utils.data.Dataset):
         return TextExample(int(row), int(epoch), self.corpus.texts(np.array([row]), template=self.template)[0])
 
 
-class StreamedTexts(torch.utils.data.IterableDataset):
+class StreamedTexts(torch.utils.data.Dataset):
     """Texts without an end, from a data set that is read in order: epoch after epoch, each in another order.
 
-    Going on after an interruption reads past what was trained on; the same texts and masks follow.
+    Texts cannot be asked for by number: [`TextSampler`] reads them, in the process that trains, and hands out finished
+    examples, which this data set passes on. Loader workers thus never read, they only tokenise and mask.
 
     Args:
         stream: A streamed data set of `datasets` with a column `text` (or `column`), perhaps `title`.
@@ -230,7 +236,11 @@ class StreamedTexts(torch.utils.data.IterableDataset):
         self.stream = stream.shuffle(seed=seed, buffer_size=buffer) if buffer else stream
         self.template, self.column = template, column
 
-    def __iter__(self) -> Iterator[TextExample]:
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # what loader workers need of it: nothing
+
+    def examples(self) -> Iterator[TextExample]:
+        """All texts, one after the other."""
         epoch = number = 0
         while True:
             self.stream.set_epoch(epoch)
@@ -242,6 +252,11 @@ class StreamedTexts(torch.utils.data.IterableDataset):
                 raise InputError("the stream has no rows", where="pretraining", cure="Give a data set with texts")
             epoch += 1
 
+    def __getitem__(self, example: TextExample | None) -> TextExample:
+        if example is None:
+            raise RuntimeError("a text of another process was asked for")
+        return example
+
     def _render(self, row: Mapping[str, Any], number: int) -> str:
         if not isinstance(row.get(self.column), str):
             raise InputError(
@@ -251,3 +266,36 @@ class StreamedTexts(torch.utils.data.IterableDataset):
             )
         title = row.get("title")
         return render_passage(title if isinstance(title, str) else None, row[self.column], self.template)
+
+
+class TextSampler(torch.utils.data.Sampler):
+    """Takes the texts of a training from a stream; the counterpart of [`~hf_distill.data.streaming.StreamSampler`].
+
+    Every process reads the same texts in the same order. The sampler yields those of this process, and None for the
+    others', in the order of the joint batches: what accelerate's `BatchSamplerShard` expects of a sampler that all
+    processes share.
+
+    Args:
+        dataset: What to read.
+        batch_size: Texts of a batch on each process.
+        batches: Joint batches that are taken.
+        processes: Number of processes.
+        rank: Number of this one.
+    """
+
+    def __init__(self, dataset: StreamedTexts, batch_size: int, batches: int, *, processes: int = 1, rank: int = 0):
+        self.dataset, self.joint, self._length = dataset, batch_size * processes, batch_size * processes * batches
+        self._own = range(rank * batch_size, (rank + 1) * batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Does nothing: all batches are one epoch for a trainer; a stream counts its own."""
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[TextExample | None]:
+        examples = islice(self.dataset.examples(), self._length)
+        own = (example if example.number % self.joint in self._own else None for example in examples)
+        with ThreadPoolExecutor(1, thread_name_prefix="texts") as threads:
+            some = iter(lambda: list(islice(own, _READ_TEXTS)), [])
+            yield from chain.from_iterable(ahead(some, threads))

@@ -417,7 +417,7 @@ class StreamSampler(torch.utils.data.Sampler):
             lanes = []
             for lane in range(before // order.width, -(-after // order.width)):
                 first, end = max(before - lane * order.width, 0), min(after - lane * order.width, order.width)
-                buffers = _ahead(self._buffers(epoch, lane, skipped * order.width), threads)
+                buffers = ahead(self._buffers(epoch, lane, skipped * order.width), threads)
                 lanes.append((chain.from_iterable(self._drawn(epoch, lane, buffers, range(first, end))), end - first))
             for _ in range(skipped, order.batches):
                 yield from repeat(None, before)
@@ -462,7 +462,7 @@ class StreamSampler(torch.utils.data.Sampler):
                 yield self.dataset.examples(places[start : start + _DRAWN_ROWS], epoch)
 
 
-def _ahead(items: Iterator[Any], threads: ThreadPoolExecutor) -> Iterator[Any]:
+def ahead(items: Iterator[Any], threads: ThreadPoolExecutor) -> Iterator[Any]:
     """The same items, the next one being made while the last one is used."""
     coming = threads.submit(next, items, None)
     while (item := coming.result()) is not None:

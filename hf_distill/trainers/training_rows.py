@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from ..console import get_logger
+from ..data.masking import CorpusTexts, StreamedTexts, TextSampler
 from ..data.negatives import EpochSampler, TrainingRows
 from ..data.rows import RowSet
 from ..data.streaming import StreamedRows, StreamedTrainingRows, StreamSampler
@@ -50,10 +51,10 @@ def make_dataset(
 
 
 def make_sampler(
-    dataset: TrainingRows | StreamedTrainingRows, args: RetrievalTrainingArguments
-) -> EpochSampler | StreamSampler:
+    dataset: TrainingRows | StreamedTrainingRows | CorpusTexts | StreamedTexts, args: TrainingArguments
+) -> EpochSampler | StreamSampler | TextSampler:
     """Their order, the same on every process."""
-    if isinstance(dataset, StreamedTrainingRows):
+    if isinstance(dataset, (StreamedTrainingRows, StreamedTexts)):
         for name in ("dispatch_batches", "split_batches"):
             if getattr(args.accelerator_config, name):
                 raise InputError(
@@ -61,13 +62,13 @@ def make_sampler(
                     where=f"accelerator_config, {name}",
                     cure="Leave it out",
                 )
+        part = {"processes": args.world_size, "rank": args.process_index}
+        if isinstance(dataset, StreamedTexts):
+            return TextSampler(
+                dataset, args.train_batch_size, args.max_steps * args.gradient_accumulation_steps, **part
+            )
         return StreamSampler(
-            dataset,
-            args.train_batch_size,
-            seed=data_seed(args),
-            shuffle_buffer=args.shuffle_buffer,
-            processes=args.world_size,
-            rank=args.process_index,
+            dataset, args.train_batch_size, seed=data_seed(args), shuffle_buffer=args.shuffle_buffer, **part
         )
     return EpochSampler(len(dataset), seed=data_seed(args))
 
