@@ -82,6 +82,7 @@ def test_checkpoints_of_the_model_alone_stay(tmp_path):
         (["--teacher_dtype", "float8", "--dtype", "float8"], "invalid choice: 'float8'"),
         (["--train_split", "nope"], "Its splits are: dev, test, train"),
         (["--teacher_mode", "joint", "--lr_scheduler_type", "cosine_with_min_lr"], "'cosine_with_min_lr' with no arg"),
+        (["--teacher_mode", "joint", "--teacher_dtype", "bfloat16"], "in one precision"),
     ],
 )
 def test_bad_wishes_are_refused_before_any_work(flags, message, micro, tiny_bert, tmp_path, capsys):

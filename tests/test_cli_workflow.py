@@ -11,6 +11,7 @@ import pytest
 
 from hf_distill.cli.main import main
 from hf_distill.data import load_collection, save_collection
+from hf_distill.models import load_model
 
 
 COMMON = ["--use_cpu", "true", "--per_device_train_batch_size", "8", "--num_negatives", "3", "--report_to", "none"]
@@ -176,10 +177,15 @@ def test_live_teachers_several_at_once(micro, tiny_bert, tiny_ranker, tmp_path):
             "1,20",
             "--losses",
             json.dumps(losses),
+            "--teacher_dtype",
+            "bfloat16",
         ]
     )
     figures = json.loads((tmp_path / "out" / "metrics.json").read_text())["micro/test"]
     assert {"teacher", "teacher_2", "student"} <= set(figures)
+    teachers = json.loads((tmp_path / "out" / "run_manifest.json").read_text())["models"]["teachers"]
+    assert [teacher["dtype"] for teacher in teachers] == ["bfloat16", "bfloat16"]
+    assert teachers[0]["weights"] == load_model(tiny_bert).weights_fingerprint()
 
 
 def test_search_answers(micro, capsys):

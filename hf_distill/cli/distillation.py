@@ -91,14 +91,12 @@ class Distillation:
         encode_options: IndexOptions,
         args: Any,
     ):
-        from ..trainers.joint import joint_schedules
-
         self.options, self.row_options, self.encode_options, self.args = options, row_options, encode_options, args
         self.data = steps.Data.open(data_options)
         self.encode = steps.encode_settings(encode_options, data_options)
         self.teachers = [self._open_teacher(number, origin) for number, origin in enumerate(options.teacher)]
         if any(spec.is_joint for spec in self.teachers):
-            joint_schedules(args, 1)
+            self._check_joint()
         self.student = self._open_student(steps.model_overrides(model_options))
         self._check_layers()
         steps.check_training(
@@ -137,6 +135,20 @@ class Distillation:
             return TeacherSpec(name, origin, column=origin.removeprefix("column:"))
         revision = self.options.teacher_revision if number == 0 else None
         return TeacherSpec(name, origin, load_model(origin, revision=revision), mode=self.options.teacher_mode)
+
+    def _check_joint(self) -> None:
+        """Raises [`InputError`] for wishes that a teacher that is trained along cannot meet."""
+        from ..trainers.joint import joint_schedules
+
+        if self.options.teacher_dtype != "auto":
+            raise InputError(
+                f"the teacher is to run in {self.options.teacher_dtype}, but it is trained along with the student, in "
+                "one precision",
+                where="--teacher_dtype",
+                cure="Leave it out (--bf16 true trains both in bfloat16 arithmetic), or freeze the teacher with "
+                "--teacher_mode live or cached",
+            )
+        joint_schedules(self.args, 1)
 
     def _check_layers(self) -> None:
         """Notes the teachers whose layers teach; refuses layers that are not there before anything is begun."""
@@ -327,7 +339,8 @@ class Distillation:
 
     def prepare_teachers(self, rows: RowSet) -> tuple[RowSet, list[Teacher]]:
         """Caches what the teachers have to say about the rows, and wraps them for the trainer."""
-        from ..retrieval import encode_table, score_layers, score_rows
+        from ..retrieval import choose_dtype, encode_table, score_layers, score_rows
+        from ..retrieval.inference import DTYPES
         from ..teachers import CachedEmbeddings, CachedScores, JointTeacher, LiveTeacher, check_column
 
         encode = {**self.encode, "dtype": self.options.teacher_dtype}
@@ -343,7 +356,8 @@ class Distillation:
             elif spec.is_joint:
                 teachers.append(JointTeacher(spec.name, spec.model))
             elif self.options.teacher_mode == "live":
-                teachers.append(LiveTeacher(spec.name, spec.model))
+                dtype = DTYPES[choose_dtype(self.options.teacher_dtype, self.args.device)]
+                teachers.append(LiveTeacher(spec.name, spec.model, dtype))
             elif spec.in_rows:
                 settings = {name: value for name, value in encode.items() if name != "storage"}
                 rows = score_rows(spec.model, rows, column=column, **settings)

@@ -152,7 +152,11 @@ class StudentOptions:
         "along with the student, and saved in teacher/ beside it.",
         choices=["cached", "live", "joint"],
     )
-    teacher_dtype: str = option("auto", "Precision of the teacher.", choices=["auto", "float32", "bfloat16"])
+    teacher_dtype: str = option(
+        "auto",
+        "Precision of a frozen teacher, cached or live; auto: bfloat16 where the hardware is fast at it.",
+        choices=["auto", "float32", "bfloat16"],
+    )
     student: str | None = option(
         None,
         "layers:N, layers:N:last, layers:N:even or layers:1,5,6: these layers of the first bi-encoder teacher. Or the "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -11,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix, vstack
-from torch import nn
 
 from ..console import get_logger
 from ..errors import InputError
 from ..models.base import RetrievalModel, use_attention
+from ..models.copies import frozen_copy
 from .packing import pack_linears, register_matmul_attention
 
 
@@ -137,7 +136,7 @@ class InferenceModel:
     def model(self) -> RetrievalModel:
         """The copy, made when it is first needed: work that is all in the cache needs none."""
         if self._model is None:
-            self._model = _inference_copy(self._source, DTYPES[self.dtype], self.device)
+            self._model = frozen_copy(self._source, DTYPES[self.dtype], self.device)
             if self.device.type == "cpu":
                 pack_linears(self._model, self.token_budget)
                 if self.dtype == "bfloat16" and not _cpu_has("amx_tile") and not self._source.attention_is_fixed:
@@ -273,35 +272,6 @@ class InferenceModel:
                 where=str(self._source.name_or_path or type(self._source).__name__),
                 cure="Use dtype float32; if it happens there too, the weights are broken",
             )
-
-
-def _inference_copy(model: RetrievalModel, dtype: torch.dtype, device: torch.device) -> RetrievalModel:
-    """A copy of the modules around the same tensors, or around copies where dtype, device or alignment differ.
-
-    Only the towers' parameters are converted: buffers (rotary frequencies, say) keep the precision that they were
-    computed in, and projections run in float32 anyway.
-    """
-    memo: dict[int, Any] = {}
-    in_towers = {id(parameter) for tower in model.towers.values() for parameter in tower.parameters()}
-    for parameter in model.parameters():
-        convert = id(parameter) in in_towers and parameter.is_floating_point()
-        tensor = parameter.detach().to(device=device, dtype=dtype if convert else parameter.dtype)
-        memo[id(parameter)] = nn.Parameter(_aligned(tensor), requires_grad=False)
-    for buffer in model.buffers():
-        memo[id(buffer)] = _aligned(buffer.detach().to(device))
-    for shared in (model.tokenizer, model.source):
-        memo[id(shared)] = shared
-    duplicate = copy.deepcopy(model, memo).eval()
-    use_attention(duplicate, "sdpa")
-    return duplicate
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor at an address that is a multiple of 64, where MKL promises equal results from run to run.
-
-    Weights that were read from a safetensors file usually are not, and then differ in the last bit between processes.
-    """
-    return tensor.clone() if tensor.device.type == "cpu" and tensor.data_ptr() % 64 else tensor
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import torch
 from ..losses.combine import ANCHOR
 from ..models.base import RetrievalModel
 from ..models.candidates import arrange
+from ..models.copies import frozen_copy
 from ..models.layer_scores import LayerTokens
 from .base import Teacher
 
@@ -21,10 +22,16 @@ class LiveTeacher(Teacher):
     Args:
         name: By which loss terms name it.
         model: A retriever, which scores any candidates, or a ranker, which scores the row's own.
+        dtype: In which precision it reads, `torch.bfloat16` say: then a copy of the model does. By default in that of
+            its weights. Scores are float32 always.
     """
 
-    def __init__(self, name: str, model: RetrievalModel):
+    def __init__(self, name: str, model: RetrievalModel, dtype: torch.dtype | None = None):
         super().__init__(name)
+        self._weights: str | None = None
+        if dtype not in (None, model.dtype):
+            self._weights = model.weights_fingerprint()  # they are known by those that were given
+            model = frozen_copy(model, dtype, model.device)
         self.model = model if self.is_joint else model.eval().requires_grad_(False)
         self.num_layers = model.num_layers
         self.processor = model.processor()
@@ -74,7 +81,7 @@ class LiveTeacher(Teacher):
         return {
             **super().describe(),
             "model": self.model.name_or_path,
-            "weights": self.model.weights_fingerprint(),
+            "weights": self._weights or self.model.weights_fingerprint(),
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
 
@@ -90,6 +97,9 @@ class JointTeacher(LiveTeacher):
     """
 
     is_joint = True
+
+    def __init__(self, name: str, model: RetrievalModel):
+        super().__init__(name, model)
 
     def to(self, device: torch.device) -> None:
         """Nothing: the trainer moves the module that it is a part of."""
