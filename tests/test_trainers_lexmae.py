@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import AutoModelForMaskedLM
 
 from hf_distill.data import load_collection
-from hf_distill.data.masking import StreamedTexts
+from hf_distill.data.masking import MaskingCollator, StreamedTexts, TextSampler
 from hf_distill.errors import InputError
 from hf_distill.models import LexicalRetriever, LexMAEForPreTraining
 from hf_distill.trainers import LexMAEPretrainer, LexMAETrainingArguments
@@ -72,13 +73,18 @@ def test_both_losses_fall_and_stand_apart_in_the_log(collection, folder, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["corpus", "stream"])
-def test_an_interrupted_run_goes_on_exactly(kind, collection, folder, tmp_path):
+def test_an_interrupted_run_goes_on_exactly(kind, collection, folder, tmp_path, monkeypatch):
+    masked, collate = [], MaskingCollator.__call__
+    monkeypatch.setattr(MaskingCollator, "__call__", lambda *given: masked.append(given) or collate(*given))
+
     def texts():
         return collection.corpus if kind == "corpus" else stream_of(collection, seed=3)
 
     whole = train(folder, tmp_path / "whole", texts())
     train(folder, tmp_path / "parts", texts(), save_strategy="steps", save_steps=7, stop_after=7)
+    masked.clear()
     rest = train(folder, tmp_path / "parts", texts(), resume=str(tmp_path / "parts" / "checkpoint-7"))
+    assert len(masked) <= 5 + 1, "what is passed over is not tokenised"  # one is read ahead
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, rest.model.state_dict()[name]), name
 
@@ -111,6 +117,54 @@ def test_a_stream_goes_round_in_another_order(collection):
     assert {example.text for example in first} == {example.text for example in second}
     assert [example.text for example in first] != [example.text for example in second]
     assert [example.number for example in found] == list(range(len(found))) and second[0].epoch == 1
+
+
+@pytest.fixture()
+def files(tmp_path) -> list[str]:
+    """Two files of 11 texts each, which `datasets` would give to two workers."""
+    for part in range(2):
+        lines = [json.dumps({"text": f"text {number} of {part}"}) for number in range(11)]
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(lines))
+    return [str(tmp_path / f"{part}.jsonl") for part in range(2)]
+
+
+def stream_files(files, **more) -> StreamedTexts:
+    from datasets import load_dataset
+
+    stream = load_dataset("json", data_files=files, split="train", streaming=True)
+    return StreamedTexts(stream, "{text}", buffer=5, seed=2, **more)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_workers_and_processes_share_the_batches_of_a_stream(number, files):
+    texts = stream_files(files[:number])
+    expected = list(TextSampler(texts, 4, 8))
+    assert len(expected) == 32 and expected[-1].epoch == 31 // (11 * number)
+    assert len({(example.epoch, example.number) for example in expected}) == 32
+    loader = DataLoader(texts, 4, sampler=TextSampler(texts, 4, 8), num_workers=2, collate_fn=list)
+    assert [example for batch in loader for example in batch] == expected
+    for rank in (0, 1):
+        mine = list(TextSampler(texts, 2, 8, processes=2, rank=rank))
+        own = [place % 4 // 2 == rank for place in range(32)]
+        assert mine == [example if ours else None for example, ours in zip(expected, own)]
+
+
+def test_what_was_read_of_a_stream_is_passed_over(files, monkeypatch):
+    texts = stream_files(files[:1])
+    expected = list(TextSampler(texts, 4, 12))
+    rendered, epochs = [], []
+    render, set_epoch = texts._render, texts.stream.set_epoch
+    monkeypatch.setattr(texts, "_render", lambda *given: rendered.append(given) or render(*given))
+    monkeypatch.setattr(texts.stream, "set_epoch", lambda epoch: epochs.append(epoch) or set_epoch(epoch))
+    for skipped in range(13):
+        rendered.clear(), epochs.clear()
+        sampler = TextSampler(texts, 4, 12)
+        sampler.skip_next(skipped)
+        assert list(sampler) == [None] * 4 * skipped + expected[4 * skipped :]
+        assert len(rendered) == 48 - 4 * skipped
+    sampler.skip_next(11)
+    rendered.clear(), epochs.clear()
+    assert list(sampler)[44:] == expected[44:] and epochs == [0, 4], "whole epochs are passed over unread"
 
 
 def test_bad_input(collection, folder, tmp_path):

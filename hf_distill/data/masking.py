@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -239,22 +239,26 @@ class StreamedTexts(torch.utils.data.Dataset):
     def __getstate__(self) -> dict[str, Any]:
         return {}  # what loader workers need of it: nothing
 
-    def examples(self) -> Iterator[TextExample]:
-        """All texts, one after the other."""
+    def examples(self, start: int = 0) -> Iterator[TextExample]:
+        """The texts from number `start` on, one after the other."""
         epoch = number = 0
         while True:
             self.stream.set_epoch(epoch)
             before = number
             for row in self.stream:
-                yield TextExample(number, epoch, self._render(row, number))
+                if number >= start:
+                    yield TextExample(number, epoch, self._render(row, number))
                 number += 1
-            if number == before:
+            rows = number - before
+            if not rows:
                 raise InputError("the stream has no rows", where="pretraining", cure="Give a data set with texts")
-            epoch += 1
+            # Every epoch has as many rows, so those that are passed over as a whole need not be read.
+            whole = max(start - number, 0) // rows
+            epoch, number = epoch + 1 + whole, number + whole * rows
 
     def __getitem__(self, example: TextExample | None) -> TextExample:
         if example is None:
-            raise RuntimeError("a text of another process was asked for")
+            raise RuntimeError("a text of another process, or one that was to be skipped, was asked for")
         return example
 
     def _render(self, row: Mapping[str, Any], number: int) -> str:
@@ -285,16 +289,22 @@ class TextSampler(torch.utils.data.Sampler):
 
     def __init__(self, dataset: StreamedTexts, batch_size: int, batches: int, *, processes: int = 1, rank: int = 0):
         self.dataset, self.joint, self._length = dataset, batch_size * processes, batch_size * processes * batches
-        self._own = range(rank * batch_size, (rank + 1) * batch_size)
+        self._own, self._skipped = range(rank * batch_size, (rank + 1) * batch_size), 0
 
     def set_epoch(self, epoch: int) -> None:
         """Does nothing: all batches are one epoch for a trainer; a stream counts its own."""
+
+    def skip_next(self, batches: int) -> None:
+        """Lets the next iteration begin with so many joint batches of None, for somebody who passes over them."""
+        self._skipped = batches
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[TextExample | None]:
-        examples = islice(self.dataset.examples(), self._length)
+        start, self._skipped = min(self._skipped * self.joint, self._length), 0
+        yield from repeat(None, start)
+        examples = islice(self.dataset.examples(start), self._length - start)
         own = (example if example.number % self.joint in self._own else None for example in examples)
         with ThreadPoolExecutor(1, thread_name_prefix="texts") as threads:
             some = iter(lambda: list(islice(own, _READ_TEXTS)), [])

@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from ..console import get_logger
 from ..data.collators import RetrievalCollator
+from ..data.masking import CorpusTexts, StreamedTexts, TextSampler
 from ..data.negatives import EpochSampler, TrainingRows
 from ..data.rows import RowSet
 from ..data.streaming import StreamedRows, StreamedTrainingRows, StreamSampler
@@ -202,11 +203,11 @@ class BaseTrainer(PublishingTrainer, ABC):
         )
 
     def _get_train_sampler(
-        self, train_dataset: TrainingRows | StreamedTrainingRows | None = None
-    ) -> EpochSampler | StreamSampler:
+        self, train_dataset: TrainingRows | StreamedTrainingRows | CorpusTexts | StreamedTexts | None = None
+    ) -> EpochSampler | StreamSampler | TextSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         sampler = make_sampler(dataset, self.args)
-        if isinstance(sampler, StreamSampler):
+        if isinstance(sampler, (StreamSampler, TextSampler)):
             self.pop_callback(SkipUnread)
             self.add_callback(SkipUnread(sampler))
         # After a resume on several processes accelerate can no longer see our sampler, only the dataset: it then

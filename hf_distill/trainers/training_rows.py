@@ -74,13 +74,13 @@ def make_sampler(
 
 
 class SkipUnread(TrainerCallback):
-    """Spares a stream the rows that a resumed training passes over.
+    """Spares a stream the rows or texts that a resumed training passes over.
 
     The Trainer takes the batches that were trained on already from the sampler and throws them away; told how many
-    they are, the sampler does not read them.
+    they are, the sampler does not draw them.
     """
 
-    def __init__(self, sampler: StreamSampler):
+    def __init__(self, sampler: StreamSampler | TextSampler):
         self.sampler = sampler
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
