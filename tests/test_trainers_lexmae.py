@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ def stream_files(files, **more) -> StreamedTexts:
     from datasets import load_dataset
 
     stream = load_dataset("json", data_files=files, split="train", streaming=True)
-    return StreamedTexts(stream, "{text}", buffer=5, seed=2, **more)
+    return StreamedTexts(stream, "{text}", **{"buffer": 5, "seed": 2, **more})
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -167,6 +168,19 @@ def test_what_was_read_of_a_stream_is_passed_over(files, monkeypatch):
     assert list(sampler)[44:] == expected[44:] and epochs == [0, 4], "whole epochs are passed over unread"
 
 
+def test_a_null_in_a_stream_is_an_empty_text(folder, tmp_path, caplog):
+    lines = [{"text": f"how bread is made {number}" if number > 3 and number % 4 else None} for number in range(16)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    texts = stream_files([str(tmp_path / "texts.jsonl")], buffer=0)
+    trainer = train(folder, tmp_path / "out", texts, per_device_train_batch_size=4, max_steps=5)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(history) == 5, "a step of empty texts only, and one of the second epoch"
+    assert [entry["encoder_loss"] == 0 for entry in history] == [True, False, False, False, True]
+    assert texts.without_text == 7
+    said = [record.getMessage() for record in caplog.records if "no text" in record.getMessage()]
+    assert said == ["Row 0 of the stream has no text in the column 'text'. It counts as empty, and so will others."]
+
+
 def test_bad_input(collection, folder, tmp_path):
     from datasets import IterableDataset
 
@@ -183,8 +197,10 @@ def test_bad_input(collection, folder, tmp_path):
     with pytest.raises(InputError, match="logits are not finite: encoder_loss, decoder_loss at step 1"):
         LexMAEPretrainer(broken, arguments(tmp_path / "out"), collection.corpus).train()
 
-    def generate():
-        yield {"body": "text"}
-
-    with pytest.raises(InputError, match="no text in the column 'text'.*'body'"):
-        next(StreamedTexts(IterableDataset.from_generator(generate), "{text}", buffer=0).examples())
+    for rows, problem in (
+        ([{"body": "text"}], "row 0 of the stream: no text in the column 'text'.*'body'"),
+        ([{"text": 3}], "no text in the column 'text'"),
+        ([], "no rows"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            StreamedTexts(IterableDataset.from_generator(partial(iter, rows)), "{text}", buffer=0)

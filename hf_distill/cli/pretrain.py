@@ -158,6 +158,7 @@ def _describe(
         f"learning rate {args.learning_rate:g}, seed {args.seed}",
         "- Everything else, versions and hardware included: `run_manifest.json`",
     ]
+    nulls = getattr(trainer.train_dataset, "without_text", 0)
     results = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in last.items())
     write_model_card(
         folder,
@@ -179,7 +180,12 @@ def _describe(
         settings=settings,
         data={} if data is None else data.facts(),
         models={"start": [options.model], "student": {"weights": model.weights_fingerprint()}},
-        training={"steps": state.global_step, "epochs": state.epoch, **last},
+        training={
+            "steps": state.global_step,
+            "epochs": state.epoch,
+            **last,
+            **({"rows_without_text": nulls} if nulls else {}),
+        },
     )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from ..console import get_logger
 from ..errors import InputError
 from ..passages import render_passage
 from .negatives import random_stream
@@ -24,6 +25,8 @@ from .streaming import ahead
 if TYPE_CHECKING:
     from ..models.processing import TextProcessor
     from .tables import Corpus
+
+logger = get_logger(__name__)
 
 IGNORED = -100
 DECODER_MASKINGS = ("inclusive", "random", "exclusive")
@@ -228,13 +231,22 @@ class StreamedTexts(torch.utils.data.Dataset):
         seed: Of the order.
         buffer: Texts that are shuffled together; 0 leaves their order.
 
+    Attributes:
+        without_text: Rows whose text is null, of those that were read in the first epoch. They count as empty.
+
     Raises:
-        InputError: If a row has no such column, or there are no rows.
+        InputError: If there are no rows, or the first one has no such column.
     """
 
     def __init__(self, stream: Any, template: str, *, column: str = "text", seed: int = 0, buffer: int = 10_000):
         self.stream = stream.shuffle(seed=seed, buffer_size=buffer) if buffer else stream
-        self.template, self.column = template, column
+        self.template, self.column, self.without_text = template, column, 0
+        first = next(iter(stream), None)
+        if first is None:
+            raise InputError("the stream has no rows", where="pretraining", cure="Give a data set with texts")
+        if column not in first:
+            raise self._no_texts(first, 0)
+        self._render(first, 0)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # what loader workers need of it: nothing
@@ -246,12 +258,12 @@ class StreamedTexts(torch.utils.data.Dataset):
             self.stream.set_epoch(epoch)
             before = number
             for row in self.stream:
+                if epoch == 0 and row.get(self.column) is None:
+                    self._note_without_text(number)
                 if number >= start:
                     yield TextExample(number, epoch, self._render(row, number))
                 number += 1
             rows = number - before
-            if not rows:
-                raise InputError("the stream has no rows", where="pretraining", cure="Give a data set with texts")
             # Every epoch has as many rows, so those that are passed over as a whole need not be read.
             whole = max(start - number, 0) // rows
             epoch, number = epoch + 1 + whole, number + whole * rows
@@ -262,14 +274,26 @@ class StreamedTexts(torch.utils.data.Dataset):
         return example
 
     def _render(self, row: Mapping[str, Any], number: int) -> str:
-        if not isinstance(row.get(self.column), str):
-            raise InputError(
-                f"no text in the column {self.column!r}",
-                where=f"row {number} of the stream",
-                cure=f"Name the column of texts; there are: {', '.join(map(repr, row))}",
+        title, text = row.get("title"), row.get(self.column)
+        if not isinstance(text, str | None):
+            raise self._no_texts(row, number)
+        return render_passage(title if isinstance(title, str) else None, text or "", self.template)
+
+    def _no_texts(self, row: Mapping[str, Any], number: int) -> InputError:
+        return InputError(
+            f"no text in the column {self.column!r}",
+            where=f"row {number} of the stream",
+            cure=f"Name the column of texts; there are: {', '.join(map(repr, row))}",
+        )
+
+    def _note_without_text(self, number: int) -> None:
+        self.without_text += 1
+        if self.without_text == 1:
+            logger.warning(
+                "Row %d of the stream has no text in the column %r. It counts as empty, and so will others.",
+                number,
+                self.column,
             )
-        title = row.get("title")
-        return render_passage(title if isinstance(title, str) else None, row[self.column], self.template)
 
 
 class TextSampler(torch.utils.data.Sampler):
