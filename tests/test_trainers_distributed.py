@@ -37,7 +37,12 @@ GLOBAL = {
     "kl_global": [{"name": "kl", "teacher": "dense", "candidates": "global"}, {"name": "kl", "teacher": "file"}],
     "lexical": [{"name": "contrastive", "candidates": "global"}, {"name": "flops", "weight": 0.05}],
 }
-LOSSES = OWN | GLOBAL
+# Means over pairs of candidates, of which every process and every accumulated batch has another number.
+PAIRS = {
+    "rank_consistency": [{"name": "rank_consistency", "teacher": "file", "margin": 0.5, "min_teacher_gap": 0.7}],
+    "pairwise_margin_mse": [{"name": "pairwise_margin_mse", "teacher": "file", "softmax": False}],
+}
+LOSSES = OWN | GLOBAL | PAIRS
 ACCUMULATED = {"gradient_accumulation_steps": 4}
 CACHED = {"gradient_cache_size": 2}
 WAYS = {"plain": {}, "accumulated": ACCUMULATED, "cached": CACHED, "accumulated_cached": ACCUMULATED | CACHED}
@@ -72,14 +77,15 @@ def models(tmp_path_factory, micro, tiny_bert_source, tiny_ranker_source) -> dic
     positives = collection.qrels["train"].positives()
     queries = collection.qrels["train"].query_positions()[:16]
     folder = tmp_path_factory.mktemp("rows")
-    for name in ("rows", "labelled"):
+    for name in ("rows", "labelled", "repeated"):
         generator = np.random.default_rng(5)
         documents, counts, scores = [], [], []
         for number, query in enumerate(queries):
             relevant = positives.of(query)
             # Few candidates for all queries, so that a query's positive is often another query's negative.
             others = np.setdiff1d(np.arange(20), relevant)
-            pool = generator.choice(others, 5, replace=False)
+            # A single negative is given twice to its query.
+            pool = generator.choice(others, 1 if name == "repeated" and number % 3 == 0 else 5, replace=False)
             labelled = name == "labelled" or number % 5 != 4
             documents.append(np.concatenate([relevant, pool]) if labelled else pool)
             counts.append(len(relevant) if labelled else 0)
@@ -90,6 +96,7 @@ def models(tmp_path_factory, micro, tiny_bert_source, tiny_ranker_source) -> dic
         "collection": str(micro),
         "rows": str(folder / "rows"),
         "labelled": str(folder / "labelled"),
+        "repeated": str(folder / "repeated"),
         "teacher": str(tiny_bert_source),
         "ranker": str(tiny_ranker_source),
     }
@@ -103,7 +110,7 @@ def job(models: dict[str, str], folder: Path, processes: int, loss: str, way: st
     return {
         **models,
         # The mean over labelled queries is the mean of means only if every part of a batch has as many of them.
-        "rows": models["labelled" if loss == "contrastive" else "rows"],
+        "rows": models["labelled" if loss == "contrastive" else "repeated" if loss in PAIRS else "rows"],
         "result": str(folder / f"{name}.json"),
         "arguments": {
             "output_dir": str(folder / name),

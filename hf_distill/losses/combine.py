@@ -22,11 +22,11 @@ from .forgetting import lwf_loss
 from .interaction_maps import interaction_map_loss
 from .kl import kl_loss
 from .layer_alignment import layer_alignment_loss
-from .listwise import listnet_loss, pairwise_margin_mse_loss
+from .listwise import candidate_pairs, listnet_loss, pairwise_margin_mse_loss
 from .logit_mse import logit_mse_loss
 from .margin_mse import margin_mse_loss
 from .probability import probability_loss
-from .rank_consistency import rank_consistency_loss
+from .rank_consistency import ordered_pairs, rank_consistency_loss
 from .several_teachers import mean_teacher
 
 
@@ -52,6 +52,8 @@ class Loss:
         candidates: The candidate sets that it can take, its default first.
         fewest: Queries with fewer candidates left by the mask are not part of its mean.
         anchor: Whether its teacher is always the student as it was at the start.
+        pairs: For a mean over pairs of candidates instead of queries: which pairs count, Bool[Q, P], from the loss's
+            own arguments.
     """
 
     function: Callable[..., Tensor]
@@ -61,6 +63,7 @@ class Loss:
     candidates: tuple[str, ...] = CANDIDATES
     fewest: int = 1
     anchor: bool = False
+    pairs: Callable[..., Tensor] | None = None
 
     @property
     def options(self) -> list[str]:
@@ -76,10 +79,10 @@ LOSSES: dict[str, Loss] = {
     "probability": Loss(probability_loss),
     "margin_mse": Loss(margin_mse_loss, fewest=2),
     "listnet": Loss(listnet_loss),
-    "pairwise_margin_mse": Loss(pairwise_margin_mse_loss, candidates=("own",)),
+    "pairwise_margin_mse": Loss(pairwise_margin_mse_loss, candidates=("own",), pairs=candidate_pairs),
     "embedding_mse": Loss(embedding_mse_loss, inputs="embeddings", candidates=("own",)),
     "dkd": Loss(dkd_loss, target=True),
-    "rank_consistency": Loss(rank_consistency_loss, candidates=("own",)),
+    "rank_consistency": Loss(rank_consistency_loss, candidates=("own",), pairs=ordered_pairs),
     "layer_alignment": Loss(layer_alignment_loss, inputs="layer_scores"),
     "interaction_maps": Loss(interaction_map_loss, inputs="layer_tokens", candidates=("in_batch", "own")),
     "flops": Loss(sparsity_loss, inputs="representations", teacher=False, candidates=("own",)),
@@ -219,6 +222,41 @@ class LossTerm:
             raise InputError(f"compares {self.loss.inputs}, not scores", where=f"loss {self.name!r}")
         if self.needs_teacher and teacher_scores is None:
             raise InputError("needs a teacher's scores", where=f"loss {self.name!r}", cure="Name a teacher")
+        compared = self._compared(student_scores, teacher_scores, mask)
+        return self.loss.function(*compared, **self._arguments(target, mask), **given)
+
+    def counted(
+        self,
+        student_scores: Tensor,
+        teacher_scores: Tensor | Sequence[Tensor] | None,
+        target: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """What the mean over a batch is a mean of: Bool[Q], the queries that count, or Bool[Q, P], the pairs.
+
+        Where batches have different numbers of these, the loss of all of them together is the mean weighted by them.
+
+        Args:
+            student_scores: As for the loss itself, and so the others.
+            teacher_scores: See there.
+            target: See there.
+            mask: See there.
+        """
+        if self.loss.pairs is not None:
+            compared = self._compared(student_scores, teacher_scores, mask)
+            return self.loss.pairs(*compared, **self._arguments(target, mask))
+        rows = target >= 0 if self.loss.target else torch.ones_like(target, dtype=torch.bool)
+        return rows if mask is None else rows & (mask.sum(1) >= self.loss.fewest)
+
+    def _arguments(self, target: Tensor, mask: Tensor | None) -> dict[str, Any]:
+        """What the loss is given beside scores."""
+        takes_target = "target" in inspect.signature(self.loss.function).parameters
+        return dict(self.options, mask=mask, **({"target": target} if takes_target else {}))
+
+    def _compared(
+        self, student_scores: Tensor, teacher_scores: Tensor | Sequence[Tensor] | None, mask: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """The scores that the loss is given: turned round for a learning teacher, and calibrated."""
         if self.learner == "teacher":
             (taught,) = [teacher_scores] if isinstance(teacher_scores, Tensor) else teacher_scores
             student_scores, teacher_scores = taught, student_scores
@@ -226,18 +264,15 @@ class LossTerm:
             student_scores = calibrate(
                 student_scores, self.calibration, mask, temperature=self.calibration_temperature
             )
-        arguments: dict[str, Any] = dict(self.options, mask=mask, **given)
-        if "target" in inspect.signature(self.loss.function).parameters:
-            arguments["target"] = target
         if not self.loss.teacher:
-            return self.loss.function(student_scores, **arguments)
+            return (student_scores,)
         several = [teacher_scores] if isinstance(teacher_scores, Tensor) else teacher_scores
         several = [calibrate(one, self.calibration, mask, temperature=self.calibration_temperature) for one in several]
         if len(several) > 1:
             default = inspect.signature(self.loss.function).parameters.get("temperature")
             temperature = self.options.get("temperature", default.default) if default is not None else None
             several = [mean_teacher(several, temperature, mask)]
-        return self.loss.function(student_scores, several[0], **arguments)
+        return student_scores, several[0]
 
 
 def _is_number(value: Any) -> bool:

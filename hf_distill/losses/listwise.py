@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .numerics import (
     check_shapes,
+    column_pairs,
     full_precision,
     masked_log_softmax,
     masked_mean,
@@ -40,6 +41,16 @@ def listnet_loss(
     return masked_mean(rows, rows_kept(mask))
 
 
+def candidate_pairs(
+    student_scores: Tensor, teacher_scores: Tensor, softmax: bool = True, *, mask: Tensor | None = None
+) -> Tensor:
+    """The pairs that [`pairwise_margin_mse_loss`] is a mean over, Bool[Q, P], from the same arguments."""
+    a, b = column_pairs(student_scores)
+    if mask is None:
+        mask = torch.ones_like(student_scores, dtype=torch.bool)
+    return mask[:, a] & mask[:, b]
+
+
 @full_precision
 def pairwise_margin_mse_loss(
     student_scores: Tensor, teacher_scores: Tensor, softmax: bool = True, *, mask: Tensor | None = None
@@ -66,6 +77,5 @@ def pairwise_margin_mse_loss(
         gaps = student_scores - teacher_scores
     if mask is not None:
         gaps = gaps.masked_fill(~mask, 0.0)
-    a, b = torch.triu_indices(gaps.shape[1], gaps.shape[1], offset=1, device=gaps.device)
-    pairs = None if mask is None else mask[:, a] & mask[:, b]
-    return masked_mean((gaps[:, a] - gaps[:, b]) ** 2, pairs)
+    a, b = column_pairs(gaps)
+    return masked_mean((gaps[:, a] - gaps[:, b]) ** 2, candidate_pairs(student_scores, teacher_scores, mask=mask))

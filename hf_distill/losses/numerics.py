@@ -119,6 +119,12 @@ def kl_rows(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Ten
     return (log_teacher.exp() * (log_teacher - masked_log_softmax(student, mask))).sum(-1)
 
 
+def column_pairs(scores: Tensor) -> Tensor:
+    """Long[2, P]: the columns of every unordered pair of a row's cells, for Float[Q, C] scores."""
+    columns = scores.shape[1]
+    return torch.triu_indices(columns, columns, offset=1, device=scores.device)
+
+
 def rows_kept(mask: Tensor | None) -> Tensor | None:
     """Bool[Q]: the rows of Bool[Q, C] `mask` with at least one kept cell; None without a mask."""
     return None if mask is None else mask.any(-1)

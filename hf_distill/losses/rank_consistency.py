@@ -5,7 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .numerics import check_shapes, full_precision, masked_mean
+from .numerics import check_shapes, column_pairs, full_precision, masked_mean
+
+
+@full_precision
+def ordered_pairs(
+    student_scores: Tensor,
+    teacher_scores: Tensor,
+    include_positive: bool = True,
+    margin: float = 0.0,
+    min_teacher_gap: float = 0.0,
+    *,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The pairs that [`rank_consistency_loss`] is a mean over, Bool[Q, P], from the same arguments."""
+    keep = torch.ones_like(teacher_scores, dtype=torch.bool) if mask is None else mask
+    # A masked cell may hold NaN.
+    teacher_scores = teacher_scores.masked_fill(~keep, 0.0)
+    if not include_positive:
+        keep = keep & (torch.arange(keep.shape[1], device=keep.device) != 0)
+    a, b = column_pairs(teacher_scores)
+    return keep[:, a] & keep[:, b] & ((teacher_scores[:, a] - teacher_scores[:, b]).abs() >= min_teacher_gap)
 
 
 @full_precision
@@ -44,12 +64,8 @@ def rank_consistency_loss(
         # Emptied first: a masked cell may hold NaN, which would survive the multiplication with a zero gradient.
         student_scores = student_scores.masked_fill(~mask, 0.0)
         teacher_scores = teacher_scores.masked_fill(~mask, 0.0)
-    first = 0 if include_positive else 1
-    columns = student_scores.shape[1]
-    a, b = torch.triu_indices(columns - first, columns - first, offset=1, device=student_scores.device) + first
+    pairs = ordered_pairs(student_scores, teacher_scores, include_positive, margin, min_teacher_gap, mask=mask)
+    a, b = column_pairs(student_scores)
     gaps = teacher_scores[:, a] - teacher_scores[:, b]
-    pairs = gaps.abs() >= min_teacher_gap
-    if mask is not None:
-        pairs = pairs & mask[:, a] & mask[:, b]
     differences = torch.where(gaps >= 0, 1.0, -1.0) * (student_scores[:, a] - student_scores[:, b])
     return masked_mean(torch.relu(margin - differences), pairs)

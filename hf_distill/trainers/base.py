@@ -247,12 +247,12 @@ class BaseTrainer(PublishingTrainer, ABC):
             self._part_sums[name] = self._part_sums.get(name, 0.0) + value.detach()
 
     @staticmethod
-    def reduce_rows(loss: torch.Tensor, rows: torch.Tensor, candidates: str) -> torch.Tensor:
-        """Weighs a mean over this batch's rows so that averaging processes gives the mean over the joint batch.
+    def reduce_counted(loss: torch.Tensor, counted: torch.Tensor, candidates: str) -> torch.Tensor:
+        """Weighs a mean over this batch so that averaging processes gives the mean over the joint batch.
 
         Args:
-            loss: Mean over the rows that count.
-            rows: Boolean, which rows count.
+            loss: Mean over the queries, or the pairs of candidates, that count.
+            counted: Boolean, of any shape: which of them count.
             candidates: With `"global"` every process has computed the joint mean already, and only the gradient,
                 which flows through local rows alone, is multiplied by the number of processes.
         """
@@ -260,8 +260,8 @@ class BaseTrainer(PublishingTrainer, ABC):
             return loss
         if candidates == "global":
             return scale_gradient(loss, world_size())
-        counts = rows.sum()
-        return loss * counts * world_size() / sum_over_processes(counts).clamp(min=1)
+        count = counted.sum()
+        return loss * count * world_size() / sum_over_processes(count).clamp(min=1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._part_steps:

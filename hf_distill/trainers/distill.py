@@ -195,14 +195,13 @@ class DistillTrainer(JointTraining, RetrievalTrainer):
         if term.loss.inputs == "layer_tokens":
             value = term.loss.function(*self.layers.maps(term, student, teacher))
             every = torch.ones_like(student.batch["target"], dtype=torch.bool)
-            return self.reduce_rows(value, every, term.candidates)
+            return self.reduce_counted(value, every, term.candidates)
         ours, theirs = self.layers.scores(term, student, teacher)
         target, keep = candidate_layout(student.batch, term.candidates, term.mask_false_negatives)
         # Global candidates are the joint batch in every process already.
         given = {} if term.candidates == "global" else {"reduce": sum_over_processes}
         value = term(ours, theirs, target, keep, **given)
-        counted = torch.ones_like(target, dtype=torch.bool) if keep is None else keep.any(1)
-        return self.reduce_rows(value, counted, term.candidates)
+        return self.reduce_counted(value, term.counted(ours, theirs, target, keep), term.candidates)
 
     def teacher_scores(self, term: LossTerm, student: BatchScores) -> list[torch.Tensor] | None:
         if not term.needs_teacher:

@@ -197,12 +197,9 @@ class RetrievalTrainer(BaseTrainer):
         return None
 
     def term_value(self, term: LossTerm, student: BatchScores) -> torch.Tensor:
-        """The unweighted value of one term; see [`reduce_rows`] for its meaning on several processes."""
+        """The unweighted value of one term; see [`reduce_counted`] for its meaning on several processes."""
         if term.loss.inputs == "representations":
             return sparsity(term, student.output, student.batch)
         target, keep = candidate_layout(student.batch, term.candidates, term.mask_false_negatives)
-        value = term(student.scores(term.candidates), self.teacher_scores(term, student), target, keep)
-        counted = target >= 0 if term.loss.target else torch.ones_like(target, dtype=torch.bool)
-        if keep is not None:
-            counted = counted & (keep.sum(1) >= term.loss.fewest)
-        return self.reduce_rows(value, counted, term.candidates)
+        scores = student.scores(term.candidates), self.teacher_scores(term, student), target, keep
+        return self.reduce_counted(term(*scores), term.counted(*scores), term.candidates)
