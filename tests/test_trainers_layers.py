@@ -18,7 +18,7 @@ from hf_distill.models.backbones import block_list
 from hf_distill.models.candidates import take_rows
 from hf_distill.models.layer_scores import LayerTokens, vector_layer_scores
 from hf_distill.models.multi_vector import token_scores
-from hf_distill.retrieval import score_layers, score_rows
+from hf_distill.retrieval import InferenceModel, layer_scores, score_layers, score_rows
 from hf_distill.teachers import CachedScores, LiveTeacher
 from hf_distill.trainers import DistillTrainer, DistillTrainingArguments
 from hf_distill.trainers.layers import LayerPairing
@@ -379,6 +379,24 @@ def test_cached_layers_teach_as_live_ones_do(archetype, tiny_tokenizer, rows, tm
     for step, (live, stored) in enumerate(zip(*seen)):
         for name, value in live.items():
             assert stored[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (step, name)
+
+
+def test_scores_of_layers_do_not_depend_on_how_many_queries_are_held(tiny_bert, rows, tmp_path, monkeypatch):
+    teacher, found, readings = make("tokens", tiny_bert), [], []
+    outputs = InferenceModel.outputs
+    monkeypatch.setattr(InferenceModel, "outputs", lambda *given: readings.append(1) or outputs(*given))
+    for room in (1 << 30, 40_000, 1):
+        monkeypatch.setattr(layer_scores, "_QUERY_BYTES", room)
+        readings.clear()
+        settings = {"dtype": "float32", "token_budget": 32, "cache_dir": tmp_path / str(room)}
+        scored = score_layers(teacher, rows, layers=[1, 4], **settings)
+        values = [scored.values_at("layer_scores_teacher", row) for row in range(len(scored))]
+        found.append((np.concatenate(values), len(readings)))
+    (whole, once), (few, several), (one, most) = found
+    # Of each of two shards the queries once, and the passages for each part of them.
+    assert once == 4 < several < most
+    np.testing.assert_array_equal(whole, few)
+    np.testing.assert_array_equal(whole, one)
 
 
 def test_scores_of_layers_are_made_once(tiny_bert, rows, tmp_path):

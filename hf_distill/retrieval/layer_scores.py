@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import torch
 from ..errors import InputError
 from ..losses.maxsim import own_maxsim
 from ..models.base import RetrievalModel
+from ..models.bi_encoder import KINDS
 from .encode import as_inference_model, model_identity
 from .inference import InferenceModel
 from .score import flat_documents
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 LAYERS_VERSION = 1
 
 _SHARD_PAIRS = 4096
+# Hidden states of queries that are held at a time.
+_QUERY_BYTES = 1 << 30
 
 
 def score_layers(
@@ -144,32 +147,46 @@ def _by_tokens(
     q: np.ndarray,
     d: np.ndarray,
 ) -> np.ndarray:
-    """MaxSim of a multi-vector model's layers: `float32[pairs, K]`; the tokens of one batch of passages at a time."""
-    processor = inference.processor
+    """MaxSim of a multi-vector model's layers: `float32[pairs, K]`.
 
-    def encoded(texts: list[str], kind: str):
+    The tokens of one batch of passages are held at a time, and those of as many queries as fit: 24 layers of 32 tokens
+    are 3 MiB a query. The passages are read again for further queries, in the same batches, so that the scores do not
+    depend on how many fit.
+    """
+    features = {kind: inference.processor.encode(texts, kind) for kind, texts in zip(KINDS, (questions, passages))}
+
+    def encoded(kind: str) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
         forward = partial(inference.model.encode, kind=kind, layers=layers)
-        return inference.outputs(processor.encode(texts, kind), None, forward)
+        for batch, (_, mask, *of_layers) in inference.outputs(features[kind], None, forward):
+            yield batch, mask, torch.stack(of_layers, 1)  # [t, K, l, H]
 
-    places: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for batch, (_, mask, *of_layers) in encoded(questions, "query"):
-        found = torch.stack(of_layers, 1)  # [t, K, l, H]
-        places.update({text: (mask[line], found[line]) for line, text in enumerate(batch.tolist())})
     scores = np.empty((len(q), len(layers)), np.float32)
-    for batch, (_, mask, *of_layers) in encoded(passages, "passage"):
-        found = torch.stack(of_layers, 1)
-        lines = {text: line for line, text in enumerate(batch.tolist())}
-        for pair in np.flatnonzero(np.isin(d, batch)):
-            query_mask, query = places[int(q[pair])]
-            line = lines[int(d[pair])]
-            # The layers stand where a batch has its queries: each layer of the query with that of the passage.
-            best = own_maxsim(
-                query,
-                found[line][:, None],
-                mask[line].expand(len(layers), 1, -1),
-                query_mask.expand(len(layers), -1),
-            )
-            scores[pair] = best[:, 0].cpu().numpy()
+
+    def score(held: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        asked = np.isin(q, list(held))
+        for batch, mask, found in encoded("passage"):
+            lines = {text: line for line, text in enumerate(batch.tolist())}
+            for pair in np.flatnonzero(asked & np.isin(d, batch)):
+                query_mask, query = held[int(q[pair])]
+                line = lines[int(d[pair])]
+                # The layers stand where a batch has its queries: each layer of the query with that of the passage.
+                best = own_maxsim(
+                    query,
+                    found[line][:, None],
+                    mask[line].expand(len(layers), 1, -1),
+                    query_mask.expand(len(layers), -1),
+                )
+                scores[pair] = best[:, 0].cpu().numpy()
+
+    held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    size = 0
+    for batch, mask, found in encoded("query"):
+        if held and size + found.nbytes > _QUERY_BYTES:
+            score(held)
+            held, size = {}, 0
+        held.update({text: (mask[line], found[line]) for line, text in enumerate(batch.tolist())})
+        size += found.nbytes
+    score(held)
     return scores
 
 
