@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_distill.losses import (
+    LossTerm,
     contrastive_loss,
     dkd_loss,
     embedding_mse_loss,
@@ -259,6 +260,22 @@ def test_rank_consistency_against_a_loop_over_pairs():
                     pairs += 1
     actual = rank_consistency_loss(student, teacher, margin=margin, min_teacher_gap=gap, mask=mask)
     assert pairs > 5 and actual.item() == pytest.approx(total / pairs)
+
+
+def test_rank_consistency_leaves_out_positives_only():
+    """The first candidate of a query without a positive is like any other."""
+    student, teacher, _, mask = batch(15)
+    target = torch.tensor([0, -1, 0, -1])
+    others = torch.arange(6) != target[:, None]
+    options = {"include_positive": False, "margin": 0.1, "min_teacher_gap": 0.2}
+    expected = rank_consistency_loss(student, teacher, margin=0.1, min_teacher_gap=0.2, mask=mask & others)
+    term = LossTerm("rank_consistency", options=options)
+    torch.testing.assert_close(term(student, teacher, target, mask), expected)
+    positives = torch.zeros_like(target)
+    assert rank_consistency_loss(student, teacher, **options, mask=mask) == term(student, teacher, positives, mask)
+    a, b = torch.triu_indices(6, 6, offset=1)
+    pairs = (mask & others)[:, a] & (mask & others)[:, b] & ((teacher[:, a] - teacher[:, b]).abs() >= 0.2)
+    assert torch.equal(term.counted(student, teacher, target, mask), pairs)
 
 
 def test_margin_mse_takes_the_mean_over_negatives_then_queries():

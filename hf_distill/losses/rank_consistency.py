@@ -16,6 +16,7 @@ def ordered_pairs(
     margin: float = 0.0,
     min_teacher_gap: float = 0.0,
     *,
+    target: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """The pairs that [`rank_consistency_loss`] is a mean over, Bool[Q, P], from the same arguments."""
@@ -23,7 +24,8 @@ def ordered_pairs(
     # A masked cell may hold NaN.
     teacher_scores = teacher_scores.masked_fill(~keep, 0.0)
     if not include_positive:
-        keep = keep & (torch.arange(keep.shape[1], device=keep.device) != 0)
+        columns = torch.arange(keep.shape[1], device=keep.device)
+        keep = keep & (columns != (0 if target is None else target[:, None]))
     a, b = column_pairs(teacher_scores)
     return keep[:, a] & keep[:, b] & ((teacher_scores[:, a] - teacher_scores[:, b]).abs() >= min_teacher_gap)
 
@@ -36,6 +38,7 @@ def rank_consistency_loss(
     margin: float = 0.0,
     min_teacher_gap: float = 0.0,
     *,
+    target: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     r"""Hinge on the student's difference for every pair of candidates that the teacher puts in an order.
@@ -49,11 +52,12 @@ def rank_consistency_loss(
     where the teacher ties, the candidate in the earlier column counts as the better one.
 
     Args:
-        student_scores: Float[Q, C], each query's own candidates, the positive in column 0.
+        student_scores: Float[Q, C], each query's own candidates.
         teacher_scores: Float[Q, C].
-        include_positive: False leaves column 0 out of the pairs.
+        include_positive: False leaves the positive out of the pairs.
         margin: m, in units of the student's scores; 0 punishes inversions alone.
         min_teacher_gap: g, in units of the teacher's scores: pairs closer than this do not count.
+        target: Long[Q], the positive's column, -1 for a query without a known positive; by default column 0.
         mask: Bool[Q, C], True keeps a candidate; a pair needs both.
 
     Returns:
@@ -64,7 +68,9 @@ def rank_consistency_loss(
         # Emptied first: a masked cell may hold NaN, which would survive the multiplication with a zero gradient.
         student_scores = student_scores.masked_fill(~mask, 0.0)
         teacher_scores = teacher_scores.masked_fill(~mask, 0.0)
-    pairs = ordered_pairs(student_scores, teacher_scores, include_positive, margin, min_teacher_gap, mask=mask)
+    pairs = ordered_pairs(
+        student_scores, teacher_scores, include_positive, margin, min_teacher_gap, target=target, mask=mask
+    )
     a, b = column_pairs(student_scores)
     gaps = teacher_scores[:, a] - teacher_scores[:, b]
     differences = torch.where(gaps >= 0, 1.0, -1.0) * (student_scores[:, a] - student_scores[:, b])
