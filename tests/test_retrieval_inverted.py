@@ -20,6 +20,8 @@ from hf_distill.data import load_collection
 from hf_distill.errors import InputError
 from hf_distill.evaluation.in_loop import RetrievalEvaluation
 from hf_distill.models import LexicalRetriever
+from hf_distill.evaluation.measures import evaluate_run
+from hf_distill.evaluation.terms import text_terms
 from hf_distill.retrieval import InferenceModel, Searcher, encode_table, encode_texts, mine, score_rows, search
 from hf_distill.retrieval import inverted as module
 from hf_distill.retrieval.inverted import InvertedIndex, parse_factory, quantise
@@ -359,6 +361,25 @@ def test_a_ciff_file(collection, model, cache, tmp_path):
     for message in messages[1 : 1 + lists]:
         entry = fields(message)
         document, total = 0, 0
+def test_terms_beyond_the_tokenizer_have_names(collection, tiny_bert_source, tmp_path):
+    """A vocabulary matrix is often padded, and nothing keeps the weights of these rows at 0."""
+    model = LexicalRetriever.from_pretrained(tiny_bert_source, new_head="random")
+    words = len(model.tokenizer)
+    model.backbone.resize_token_embeddings(words + 3, mean_resizing=False)
+    with torch.no_grad():
+        model.backbone.get_output_embeddings().bias[words:] = torch.tensor([2.0, 3.0, 4.0])
+    named = {f"[{words + number}]" for number in range(3)}
+    assert named < set(text_terms(model, "a cat", "a dog").passage)
+    store = encode_table(model, collection.corpus, "passage", dtype="float32", cache_dir=tmp_path)
+    export_anserini(tmp_path, store, collection.corpus, None, None, model.tokenizer, shards=1)
+    for line in (tmp_path / "corpus" / "vectors-00.jsonl").read_text().splitlines():
+        assert named < set(json.loads(line)["vector"])
+    path = export_ciff(tmp_path / "index.ciff", InvertedIndex.build(store, 100), collection.corpus, model.tokenizer)
+    messages = split_messages(path.read_bytes())
+    lists = fields(messages[0])[2][0]
+    assert named < {fields(message)[1][0].decode() for message in messages[1 : 1 + lists]}
+
+
         for posting in entry[4]:
             gap = fields(posting)
             document += gap.get(1, [0])[0]

@@ -38,9 +38,10 @@ def text_terms(model: LexicalRetriever, query: str, passage: str, dtype: str = "
         passage: Without prompt.
         dtype: Precision of encoding.
     """
+    from ..models.lexical import term_names
     from ..retrieval import encode_texts
 
-    names = model.tokenizer.convert_ids_to_tokens(range(model.embedding_size))
+    names = term_names(model.tokenizer, model.embedding_size)
     weights = []
     for text, kind in ((query, "query"), (passage, "passage")):
         row = encode_texts(model, [text], kind, dtype=dtype)
@@ -49,7 +50,7 @@ def text_terms(model: LexicalRetriever, query: str, passage: str, dtype: str = "
 
     def named(found: dict[int, float]) -> dict[str, float]:
         order = sorted(found.items(), key=lambda item: (-item[1], item[0]))
-        return {names[term] or f"[{term}]": weight for term, weight in order}
+        return {names[term]: weight for term, weight in order}
 
     return Terms(*(named(found) for found in (*weights, shared)))
 

@@ -87,6 +87,12 @@ def special_tokens(tokenizer: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(token for token in found if token is not None))
 
 
+def term_names(tokenizer: Any, terms: int) -> list[str]:
+    """The names of a model's terms; of those beyond the tokenizer's vocabulary (padding of the matrix) `[id]`."""
+    names = tokenizer.convert_ids_to_tokens(range(terms))
+    return [f"[{term}]" if name is None else name for term, name in enumerate(names)]
+
+
 def pooled_mask(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, pooled_tokens: str, special_ids: tuple[int, ...]
 ) -> torch.Tensor:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..console import progress
 from ..errors import InputError
-from ..files import atomic_path, write_text
+from ..files import atomic_path
+from ..models.lexical import term_names
 from .inverted import SCALE, InvertedIndex, quantise
 from .sparse_store import SparseStore
 
@@ -33,7 +34,7 @@ def query_string(impacts: Mapping[str, int]) -> str:
 
 def term_impacts(store: SparseStore, tokenizer: Any, scale: int = SCALE) -> Iterator[dict[str, int]]:
     """For every row of a store its terms and impacts, heaviest weights as they come; empty where there is none."""
-    names = tokenizer.convert_ids_to_tokens(range(store.dim))
+    names = term_names(tokenizer, store.dim)
     for _, rows in store.blocks(_BLOCK):
         impacts = quantise(rows, scale)
         for start, end in zip(impacts.indptr[:-1].tolist(), impacts.indptr[1:].tolist()):
@@ -115,7 +116,7 @@ def export_ciff(path: str | os.PathLike, index: InvertedIndex, corpus: Corpus, t
         )
     path = Path(path)
     frequencies = index.document_frequencies()
-    names = tokenizer.convert_ids_to_tokens(range(index.dim))
+    names = term_names(tokenizer, index.dim)
     lengths = index.document_sums()
     order = sorted((frequencies > 0).nonzero()[0].tolist(), key=lambda term: names[term].encode())
     total = int(lengths.sum())
