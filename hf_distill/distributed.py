@@ -214,6 +214,16 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return any(hasattr(one, "ds_id") or hasattr(one, "full_tensor") for one in model.parameters())
 
 
+def all_finite(model: torch.nn.Module) -> bool:
+    """Whether all parameters are numbers, also where they are divided over processes.
+
+    All processes must come here together.
+    """
+    parts = (getattr(one, "ds_tensor", one).detach() for one in model.parameters())
+    local = (one.to_local() if hasattr(one, "to_local") else one for one in parts)
+    return not sum_over_processes(sum((~torch.isfinite(one)).any().long() for one in local)).item()
+
+
 def skeleton(model: torch.nn.Module) -> torch.nn.Module:
     """A copy of a model without its weights, which stand on the device `meta` until they are assigned."""
     weights = {

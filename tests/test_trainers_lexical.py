@@ -210,11 +210,13 @@ def test_passages_without_a_word_are_trained_on(pooled_tokens, tiny_bert, tmp_pa
     )
 
 
-def test_logits_that_are_no_numbers_end_the_training(tiny_bert, rows, tmp_path):
+@pytest.mark.parametrize("logging_steps", [1, 100])
+def test_logits_that_are_no_numbers_end_the_training(logging_steps, tiny_bert, rows, tmp_path):
     model = lexical(tiny_bert)
     with torch.no_grad():
         model.backbone.get_output_embeddings().bias[3] = float("nan")
-    trainer = RetrievalTrainer(model, arguments(tmp_path / "out"), rows=rows)
+    settings = {"max_steps": 2, "logging_steps": logging_steps}
+    trainer = RetrievalTrainer(model, arguments(tmp_path / "out", **settings), rows=rows)
     with pytest.raises(InputError, match="logits are not finite.*step"):
         trainer.train()
 

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, TrainerCallback
 
 from hf_distill.data import load_collection
 from hf_distill.data.masking import MaskingCollator, StreamedTexts, TextSampler
@@ -48,10 +48,10 @@ def stream_of(collection, **more) -> StreamedTexts:
     return StreamedTexts(IterableDataset.from_generator(generate), "{title} {text}", buffer=20, **more)
 
 
-def train(folder, output_dir, texts, resume=None, decoder_layers=2, **more):
+def train(folder, output_dir, texts, resume=None, decoder_layers=2, callbacks=(), **more):
     torch.manual_seed(1)
     model = LexMAEForPreTraining.from_pretrained(folder, passage_length=32, decoder_layers=decoder_layers)
-    trainer = LexMAEPretrainer(model, arguments(output_dir, **more), texts)
+    trainer = LexMAEPretrainer(model, arguments(output_dir, **more), texts, callbacks=list(callbacks))
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -179,6 +179,46 @@ def test_a_null_in_a_stream_is_an_empty_text(folder, tmp_path, caplog):
     assert texts.without_text == 7
     said = [record.getMessage() for record in caplog.records if "no text" in record.getMessage()]
     assert said == ["Row 0 of the stream has no text in the column 'text'. It counts as empty, and so will others."]
+
+
+class BreakAt(TrainerCallback):
+    """Makes a weight infinite after a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            with torch.no_grad():
+                model.backbone.get_output_embeddings().bias[3] = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("step", "save_steps", "problem", "kept"),
+    [
+        (3, 2, "logits are not finite: encoder_loss, decoder_loss at step 4", ["checkpoint-2"]),
+        (3, 100, "logits are not finite: encoder_loss, decoder_loss at step 5", []),
+        (4, 2, "weights are not finite: some of them at step 4", ["checkpoint-2"]),
+        (5, 100, "weights are not finite: some of them at step 5", []),
+    ],
+)
+def test_nothing_that_is_no_number_is_saved(step, save_steps, problem, kept, collection, folder, tmp_path):
+    """Seen also between logs, before a checkpoint and at the end."""
+    settings = {"max_steps": 5, "logging_steps": 100, "per_device_train_batch_size": 2}
+    settings |= {"save_strategy": "no"} if save_steps == 100 else {"save_strategy": "steps", "save_steps": save_steps}
+    with pytest.raises(InputError, match=problem):
+        train(folder, tmp_path / "out", collection.corpus, callbacks=[BreakAt(step)], decoder_layers=1, **settings)
+    assert sorted(path.name for path in tmp_path.glob("out/checkpoint-*")) == kept
+
+
+def test_the_last_losses_are_logged_however_few_the_steps(collection, folder, tmp_path):
+    settings = {"max_steps": 3, "per_device_train_batch_size": 2}
+    trainer = train(folder, tmp_path / "out", collection.corpus, logging_steps=2, **settings)
+    often = train(folder, tmp_path / "often", collection.corpus, **settings)
+    for name in ("encoder_loss", "decoder_loss"):
+        found = [entry[name] for entry in trainer.state.log_history if name in entry]
+        each = [entry[name] for entry in often.state.log_history if name in entry]
+        assert found == pytest.approx([sum(each[:2]) / 2, each[2]])
 
 
 def test_bad_input(collection, folder, tmp_path):

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from ..data.negatives import EpochSampler, TrainingRows
 from ..data.rows import RowSet
 from ..data.streaming import StreamedRows, StreamedTrainingRows, StreamSampler
 from ..distributed import (
+    all_finite,
     check_engine,
     check_launch,
     is_sharded,
@@ -263,15 +264,50 @@ class BaseTrainer(PublishingTrainer, ABC):
         count = counted.sum()
         return loss * count * world_size() / sum_over_processes(count).clamp(min=1)
 
+    @property
+    def must_be_finite(self) -> Collection[str]:
+        """The parts of the loss that have to be numbers for training to go on: those of masked-LM logits."""
+        return ()
+
+    def check_finite(self) -> None:
+        """Looks at the steps since the last log, and at the weights.
+
+        All processes must come here together.
+
+        Raises:
+            InputError: If one of the parts that must be is no number, or a weight.
+        """
+        self._check_parts({name: value for name, value in self._means().items() if name in self.must_be_finite})
+        if not all_finite(self.accelerator.unwrap_model(self.model)):
+            raise self._not_finite("weights", "some of them")
+
+    def _means(self) -> dict[str, float]:
+        """The means of what was noted since the last log, over processes and steps."""
+        steps = max(self._part_steps, 1)
+        return {name: (sum_over_processes(one) / world_size() / steps).item() for name, one in self._part_sums.items()}
+
+    def _check_parts(self, logs: Mapping[str, float]) -> None:
+        broken = [name for name in self.must_be_finite if not math.isfinite(logs.get(name, 0.0))]
+        if broken:
+            raise self._not_finite("logits", ", ".join(broken))
+
+    def _not_finite(self, what: str, which: str) -> InputError:
+        return InputError(
+            f"the model's {what} are not finite: {which} at step {self.state.global_step}",
+            where="training",
+            cure="Go back to the last checkpoint with a smaller learning rate, or train in float32 or bfloat16",
+        )
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._part_steps:
-            for name, value in self._part_sums.items():
-                logs[name] = (sum_over_processes(value) / world_size() / self._part_steps).item()
+        # The Trainer's summary at the end gets what came after the last log of a loss.
+        if self._part_steps and {"loss", "train_loss"} & set(logs):
+            logs |= self._means()
             self._part_sums, self._part_steps = {}, 0
         if self._resumed:
             # The Trainer divides the losses since the resume by all steps.
             logs.pop("train_loss", None)
         super().log(logs, start_time)
+        self._check_parts(logs)
 
     def _prepare_input(self, data: Any) -> Any:
         # Not the Trainer's own: under DeepSpeed that rounds the teachers' scores to the training precision.
@@ -300,7 +336,9 @@ class BaseTrainer(PublishingTrainer, ABC):
             check_engine(folder, self.args)
         if folder and self.rows is not None:
             check_rows_state(Path(folder), self.rows, self.args)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self.check_finite()
+        return result
 
     def evaluate(
         self,
@@ -346,6 +384,7 @@ class BaseTrainer(PublishingTrainer, ABC):
                 write_rows_state(folder, self.rows, self.args)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self.check_finite()  # nobody could go on from a checkpoint that is not
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             with saying_full_disk(folder):

@@ -16,7 +16,6 @@ from ..losses.combine import LossTerm
 from ..models.lexmae import LexMAEForPreTraining
 from .arguments import LexMAETrainingArguments
 from .base import STUDENT, BaseTrainer
-from .sparsity import check_finite
 from .training_rows import data_seed
 
 
@@ -94,9 +93,9 @@ class LexMAEPretrainer(BaseTrainer):
             parts["decoder_loss"] = output.decoder_loss * _weight_of_this_process(labels["decoder_labels"])
         return parts
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs, start_time)
-        check_finite(logs, ("encoder_loss", "decoder_loss"), self.state.global_step)
+    @property
+    def must_be_finite(self) -> tuple[str, ...]:
+        return ("encoder_loss", "decoder_loss")
 
 
 def _weight_of_this_process(labels: torch.Tensor) -> torch.Tensor | float:

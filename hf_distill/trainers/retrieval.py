@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -187,10 +187,14 @@ class RetrievalTrainer(BaseTrainer):
             label: self.term_value(term, student) * term.weight_at(step, total) for label, term in self.terms.items()
         }
 
+    @property
+    def must_be_finite(self) -> Collection[str]:
+        return self.terms if self.is_lexical else ()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
-        if self.is_lexical and "loss" in logs:
-            look_at_sparsity(logs, self.terms, self.state.global_step)
+        if "active_terms_query" in logs:
+            look_at_sparsity(logs, self.state.global_step)
 
     def teacher_scores(self, term: LossTerm, student: BatchScores) -> list[torch.Tensor] | None:
         """What the term's teachers say about its candidates; None for a term without a teacher."""

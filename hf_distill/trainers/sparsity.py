@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -79,20 +78,8 @@ def active_terms(output: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tenso
     }
 
 
-def check_finite(logs: Mapping[str, float], names: Iterable[str], step: int) -> None:
-    """Raises [`InputError`] where a loss of masked-LM logits is no number."""
-    broken = [name for name in names if not math.isfinite(logs.get(name, 0.0))]
-    if broken:
-        raise InputError(
-            f"the model's logits are not finite: {', '.join(broken)} at step {step}",
-            where="training",
-            cure="Go back to the last checkpoint with a smaller learning rate, or train in float32 or bfloat16",
-        )
-
-
-def look_at_sparsity(logs: Mapping[str, float], terms: Mapping[str, LossTerm], step: int) -> None:
-    """Warns of a model without terms; raises [`InputError`] where logits are no numbers."""
-    check_finite(logs, terms, step)
+def look_at_sparsity(logs: Mapping[str, float], step: int) -> None:
+    """Warns of a model without terms."""
     for kind in ("query", "passage"):
         if logs[f"active_terms_{kind}"] < 1:
             logger.warning(
