@@ -191,5 +191,7 @@ def test_what_is_refused(micro, tiny_bert, tmp_path, capsys):
     inner = [*lexical, "--pooled_tokens", "inner", "--template", "{title}[SEP]{text}"]
     assert "cannot be expressed" in refusal(capsys, *inner)
     assert "either --data" in refusal(capsys, "pretrain", "--model", tiny_bert, *out)
+    measured = ["pretrain", "--data", micro, "--model", "no/where", *out, "--eval_strategy", "steps"]
+    assert "eval_strategy: pre-training measures nothing" in refusal(capsys, *measured)
     assert "no lexical model" in refusal(capsys, "explain", "--model", tiny_bert, "--query", "x", "--passage", "y")
     assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from ..errors import InputError
 from .options import DistillOptions, LexMAEOptions, RetrievalOptions, TeleOptions
 
 
@@ -65,6 +66,9 @@ class LexMAETrainingArguments(TrainingArguments, LexMAEOptions):
     Defaults that differ from [`~transformers.TrainingArguments`]: `remove_unused_columns=False`,
     `dataloader_drop_last=True`, `ddp_find_unused_parameters=False`, `warmup_steps=0.05`, `learning_rate=3e-4`,
     `weight_decay=0.01`, `max_grad_norm=0` (the paper clips nothing) and `logging_steps=10`.
+
+    Raises:
+        InputError: If something is to be measured during training.
     """
 
     _argument_group_name = "the Hugging Face Trainer"
@@ -83,3 +87,15 @@ class LexMAETrainingArguments(TrainingArguments, LexMAEOptions):
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0 clips nothing."})
     logging_steps: float = field(default=10, metadata={"help": "Log the losses every so many steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+
+    def __post_init__(self) -> None:
+        wishes = {
+            "eval_strategy": self.eval_strategy != "no",
+            "eval_on_start": self.eval_on_start,
+            "load_best_model_at_end": self.load_best_model_at_end,
+            "save_strategy": self.save_strategy == "best",
+        }
+        for name, wished in wishes.items():
+            if wished:
+                raise InputError("pre-training measures nothing", where=name, cure="Leave it out")
+        super().__post_init__()
