@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -346,6 +347,13 @@ def test_files_for_anserini(collection, model, cache, tmp_path):
         assert query_string({"t3": 1, "t4": 2, "t5": 3}) == case["query_string"].item()
         assert query_string({}) == " ".join(case["empty_terms"].tolist())
 
+    tracemalloc.start()
+    export_anserini(
+        tmp_path, store, collection.corpus, queries, collection.queries, model.tokenizer, scale=200, shards=1
+    )
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < (tmp_path / "queries.tsv").stat().st_size / 2  # line by line
 
 def test_a_ciff_file(collection, model, cache, tmp_path):
     """Read back with a decoder of protocol buffers of its own: postings equal the impacts."""

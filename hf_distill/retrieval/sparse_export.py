@@ -1,7 +1,7 @@
 """Sparse vectors for other engines: Anserini's and Pyserini's JSON, and the Common Index File Format (PISA, JASS, …).
 
-Impacts are whole numbers, see [`quantise`]; a text without any gets the unknown token with weight 1, as in SPLADE's
-own tools, since engines refuse empty documents.
+Impacts are whole numbers, see [`quantise`]. For Anserini a text without any gets the unknown token with weight 1, as
+in SPLADE's own tools; in a CIFF it is a document of length 0.
 """
 
 from __future__ import annotations
@@ -86,11 +86,10 @@ def export_anserini(
             for file in files:
                 file.close()
     if queries is not None:
-        lines = [
-            f"{query_table.ids_at([position])[0]}\t{query_string(impacts)}\n"
-            for position, impacts in enumerate(term_impacts(queries, tokenizer, scale))
-        ]
-        write_text(folder / "queries.tsv", "".join(lines))
+        # A line repeats every term as often as it weighs: those of many queries are not held.
+        with atomic_path(folder / "queries.tsv") as temporary, open(temporary, "w", encoding="utf-8") as file:
+            for position, impacts in enumerate(term_impacts(queries, tokenizer, scale)):
+                file.write(f"{query_table.ids_at([position])[0]}\t{query_string(impacts)}\n")
     return folder
 
 
