@@ -107,9 +107,24 @@ def test_a_pretrained_model_says_what_it_is(world):
         folder = world["root"] / name
         card = (folder / "README.md").read_text()
         assert "AutoModelForMaskedLM" in card and "library_name: transformers" in card and "LexMAE" in card
-        assert "a distribution over the vocabulary" in card
+        assert "a distribution over the vocabulary" in card and "pre-trained further with LexMAE" in card
+        assert "- lexmae\n" in card and "datasets:" not in card
+        assert "encoder loss" in card.split("## Measured")[1].split("## Training")[0]
         manifest = json.loads((folder / "run_manifest.json").read_text())
         assert manifest["training"]["steps"] == 3 and manifest["training"]["decoder_loss"] > 0
+
+
+def test_the_card_of_a_new_masked_language_model(micro, tiny_tokenizer, tmp_path):
+    """Nothing of LexMAE, of the weights of its model, or of data that nobody else has."""
+    start = save_tiny(tmp_path / "start", "bert", tiny_tokenizer, head="MaskedLM", layers=1)
+    short = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--use_cpu", "true", "--report_to", "none"]
+    words = ["pretrain", "--data", micro, "--model", start, "--decoder_layers", "0", "--fresh", "true", *short]
+    main([*map(str, words), "--output_dir", str(tmp_path / "out")])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "A new model of the architecture" in card and "by masked language modelling" in card
+    assert not {"lexmae", "LexMAE", "further", "datasets:", "base_model:"} & set(card.replace("`", " ").split())
+    assert "2208.14754" not in card and "citation" not in card.lower()
+    assert card.count("encoder loss") == 1 and "Nothing." not in card
 
 
 @pytest.mark.slow

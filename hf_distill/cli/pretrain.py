@@ -95,6 +95,7 @@ def run(data_options: CollectionOptions, options: PretrainOptions, args: Any) ->
     folder = folders.claim_output(args.output_dir, settings)
     publishing.check_push(args)
     trainer = LexMAEPretrainer(model, args, texts)
+    trainer.about = _about(options, data)
     trained = steps.finish_training(trainer)
     if is_main_process():
         _describe(folder, trainer, trained, options, settings, data)
@@ -135,6 +136,25 @@ def _stream(options: PretrainOptions, template: str, seed: int) -> tuple[Any, di
     return texts, facts
 
 
+def _about(options: PretrainOptions, data: Any) -> Any:
+    """What the card says from the beginning."""
+    from ..data.sources import is_hub_id
+    from ..trainers.publishing import About
+
+    start = f"`{options.model}`, pre-trained further"
+    if options.fresh:
+        start = f"A new model of the architecture of `{options.model}`, pre-trained"
+    elif options.new_head:
+        start = f"`{options.model}`, with a new head (`{options.new_head}`) if it had none, pre-trained further"
+    how = "by masked language modelling" if options.decoder_layers == 0 else "with LexMAE"
+    source = options.stream or data.collection.source
+    return About(
+        f"{start} {how} for lexical retrieval. Fine-tune it with `hf-distill train --kind lexical`.",
+        [] if options.fresh else [options.model],
+        [source] if is_hub_id(source) and not Path(source).exists() else [],
+    )
+
+
 def _describe(
     folder: Path, trainer: Any, model: Any, options: PretrainOptions, settings: dict[str, Any], data: Any
 ) -> None:
@@ -142,18 +162,17 @@ def _describe(
     from ..hub.cards import bibtex, write_model_card
     from ..hub.manifest import write_manifest
 
-    args, state = trainer.args, trainer.state
+    args, state, about = trainer.args, trainer.state, trainer.about
     losses = [entry for entry in state.log_history if "encoder_loss" in entry]
     last = {name: losses[-1][name] for name in ("encoder_loss", "decoder_loss") if losses and name in losses[-1]}
     plain = options.decoder_layers == 0
-    method = "Masked language modelling" if plain else "LexMAE pre-training (lexicon bottleneck)"
     source = options.stream or data.collection.name
     batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
     masks = f"{args.encoder_rate:.0%} of the tokens masked for the encoder"
     if not plain:
         masks += f", {args.decoder_rate:.0%} ({args.decoder_masking}) for a decoder of {options.decoder_layers} layers"
     training = [
-        f"- {method} on the texts of *{source}*, {masks}",
+        f"- {trainer._name} on the texts of *{source}*, {masks}",
         f"- {state.global_step:,} steps of {batch} texts of at most {model.config.passage_length} tokens, "
         f"learning rate {args.learning_rate:g}, seed {args.seed}",
         "- Everything else, versions and hardware included: `run_manifest.json`",
@@ -163,16 +182,15 @@ def _describe(
     write_model_card(
         folder,
         title=folder.name,
-        summary=f"`{options.model}`, pre-trained further for lexical retrieval. Fine-tune it with "
-        "`hf-distill train --kind lexical`.",
+        summary=about.summary,
         kind="masked_lm",
         template="student" if plain else "lexmae",
         results=f"At the end of training: {results}." if results else "Nothing.",
         training="\n".join(training),
-        base_models=[] if options.fresh else [options.model],
-        datasets=[source],
+        base_models=about.base_models,
+        datasets=about.datasets,
         tags=trainer._tags,
-        citation=None if plain else bibtex(trainer._paper),
+        citation=bibtex(trainer._paper),
         model_id=trainer.hub_model_id,
     )
     write_manifest(

@@ -81,6 +81,8 @@ class LexMAEPretrainer(BaseTrainer):
                     cure="Lower --per_device_train_batch_size, or bring more texts",
                 )
         super().__init__(model, args, **kwargs)
+        if not with_decoder:
+            self._name, self._tags, self._paper = "Masked language modelling", ("hf_distill", "fill-mask"), None
         self.train_dataset, self.data_collator = texts, collator
 
     def parse_losses(self, args: LexMAETrainingArguments) -> dict[str, LossTerm]:
