@@ -20,9 +20,9 @@ from scipy.sparse import csr_matrix, random_array
 from hf_distill.data import load_collection
 from hf_distill.errors import InputError
 from hf_distill.evaluation.in_loop import RetrievalEvaluation
-from hf_distill.models import LexicalRetriever
 from hf_distill.evaluation.measures import evaluate_run
 from hf_distill.evaluation.terms import text_terms
+from hf_distill.models import LexicalRetriever
 from hf_distill.retrieval import InferenceModel, Searcher, encode_table, encode_texts, mine, score_rows, search
 from hf_distill.retrieval import inverted as module
 from hf_distill.retrieval.inverted import InvertedIndex, parse_factory, quantise
@@ -286,10 +286,16 @@ def test_what_is_lost_on_the_way_is_made_again(collection, model, tmp_path, monk
         assert once() == whole
 
 
-def test_evaluation_during_training(collection, model):
+def test_evaluation_during_training(collection, model, cache):
     """The same measures as a search of the whole corpus."""
-    measures = RetrievalEvaluation(collection, "dev", measures=["nDCG@10", "R@100"])(model)
-    assert 0 <= measures["nDCG@10"] <= 1 and measures["R@100"] > 0.5
+    names = ["nDCG@100", "RR@100", "R@20"]
+    measures = RetrievalEvaluation(collection, "dev", measures=names)(model)
+    qrels = collection.qrels["dev"]
+    run = search(model, collection, qrels.query_positions(), k=100, dtype="float32", cache_dir=cache)
+    tables = collection.queries, collection.corpus
+    expected = evaluate_run(qrels.as_dict(*tables), run.as_dict(*tables), names).means
+    assert 0 < expected["RR@100"] < 1 and 0 < expected["nDCG@100"] < 1
+    assert {name: measures[name] for name in names} == pytest.approx({name: expected[name] for name in names})
 
 
 def test_other_weights_and_lost_parts(collection, model, cache, tiny_bert_source):
@@ -341,12 +347,6 @@ def test_files_for_anserini(collection, model, cache, tmp_path):
     weights = quantise(queries.rows(2, 3)).toarray()[0]
     assert name == collection.queries.ids_at([2])[0]
     assert Counter(text.split()) == {names[term]: weights[term] for term in np.flatnonzero(weights)}
-    with np.load(GOLDEN / "led_quant.npz") as case:
-        from hf_distill.retrieval.sparse_export import query_string
-
-        assert query_string({"t3": 1, "t4": 2, "t5": 3}) == case["query_string"].item()
-        assert query_string({}) == " ".join(case["empty_terms"].tolist())
-
     tracemalloc.start()
     export_anserini(
         tmp_path, store, collection.corpus, queries, collection.queries, model.tokenizer, scale=200, shards=1
@@ -354,21 +354,13 @@ def test_files_for_anserini(collection, model, cache, tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < (tmp_path / "queries.tsv").stat().st_size / 2  # line by line
+    with np.load(GOLDEN / "led_quant.npz") as case:
+        from hf_distill.retrieval.sparse_export import query_string
 
-def test_a_ciff_file(collection, model, cache, tmp_path):
-    """Read back with a decoder of protocol buffers of its own: postings equal the impacts."""
-    store = encode_table(model, collection.corpus, "passage", dtype="float32", cache_dir=cache)
-    index = InvertedIndex.build(store, 100, cache_dir=cache)
-    path = export_ciff(tmp_path / "index.ciff", index, collection.corpus, model.tokenizer)
-    messages = split_messages(path.read_bytes())
-    header = fields(messages[0])
-    lists, documents = header[2][0], header[3][0]
-    assert documents == len(collection.corpus) and len(messages) == 1 + lists + documents
-    names = {name: term for term, name in enumerate(model.tokenizer.convert_ids_to_tokens(range(store.dim)))}
-    found = np.zeros(store.shape, np.int64)
-    for message in messages[1 : 1 + lists]:
-        entry = fields(message)
-        document, total = 0, 0
+        assert query_string({"t3": 1, "t4": 2, "t5": 3}) == case["query_string"].item()
+        assert query_string({}) == " ".join(case["empty_terms"].tolist())
+
+
 def test_terms_beyond_the_tokenizer_have_names(collection, tiny_bert_source, tmp_path):
     """A vocabulary matrix is often padded, and nothing keeps the weights of these rows at 0."""
     model = LexicalRetriever.from_pretrained(tiny_bert_source, new_head="random")
@@ -388,6 +380,20 @@ def test_terms_beyond_the_tokenizer_have_names(collection, tiny_bert_source, tmp
     assert named < {fields(message)[1][0].decode() for message in messages[1 : 1 + lists]}
 
 
+def test_a_ciff_file(collection, model, cache, tmp_path):
+    """Read back with a decoder of protocol buffers of its own: postings equal the impacts."""
+    store = encode_table(model, collection.corpus, "passage", dtype="float32", cache_dir=cache)
+    index = InvertedIndex.build(store, 100, cache_dir=cache)
+    path = export_ciff(tmp_path / "index.ciff", index, collection.corpus, model.tokenizer)
+    messages = split_messages(path.read_bytes())
+    header = fields(messages[0])
+    lists, documents = header[2][0], header[3][0]
+    assert documents == len(collection.corpus) and len(messages) == 1 + lists + documents
+    names = {name: term for term, name in enumerate(model.tokenizer.convert_ids_to_tokens(range(store.dim)))}
+    found = np.zeros(store.shape, np.int64)
+    for message in messages[1 : 1 + lists]:
+        entry = fields(message)
+        document, total = 0, 0
         for posting in entry[4]:
             gap = fields(posting)
             document += gap.get(1, [0])[0]
