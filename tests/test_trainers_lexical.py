@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from hf_distill.data import Corpus, Queries, RowSet, load_collection
 from hf_distill.errors import InputError
@@ -274,6 +276,27 @@ def test_cached_vectors_of_terms_teach_all_candidates(tiny_bert, teacher, collec
         trainer = DistillTrainer(lexical(tiny_bert), args, teachers=[one], rows=rows)
         found.append([entry["kl"] for entry in history_of(trainer)])
     np.testing.assert_allclose(found[0], found[1], rtol=1e-3)
+    args = arguments(tmp_path / "out", DistillTrainingArguments, losses="[embedding_mse]")
+    DistillTrainer(lexical(tiny_bert), args, teachers=[CachedEmbeddings("lexical", *stores)], rows=rows)
+    # As many terms, two of them exchanged; the second time as a manifest says it that knows the tokenizer alone.
+    for _ in range(2):
+        student = lexical(tiny_bert)
+        student.tokenizer = exchanged(student.tokenizer, "bread", "yeast")
+        assert len(student.tokenizer) == len(teacher.tokenizer)
+        with pytest.raises(InputError, match="not over the student's vocabulary"):
+            DistillTrainer(student, args, teachers=[CachedEmbeddings("lexical", *stores)], rows=rows)
+        for store in stores:
+            store.info = {}
+
+
+def exchanged(tokenizer, one: str, other: str):
+    """A tokenizer that differs in the ids of two words."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    changed = copy.deepcopy(tokenizer)
+    changed._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return changed
 
 
 def test_a_lexical_student_follows_only_vectors_over_its_own_terms(tiny_bert, teacher, rows, tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import InputError
+from ..files import fingerprint
 from ..passages import DEFAULT_TEMPLATE
 
 
@@ -137,6 +138,11 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         state.pop("padding", None)
         text = json.dumps(state, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def vocabulary_fingerprint(tokenizer: Any) -> str:
+    """16 hexadecimal digits that identify which token has which id, however a text is cut into them."""
+    return fingerprint(tokenizer.get_vocab())
 
 
 def prepare_tokenizer(tokenizer: Any, vocabulary_size: int | None, where: str) -> Any:

@@ -16,6 +16,7 @@ from ..console import progress
 from ..errors import InputError
 from ..files import fingerprint
 from ..models.base import RetrievalModel
+from ..models.processing import vocabulary_fingerprint
 from .inference import InferenceModel
 from .multi_vector import Tokens, TokenStore, empty_tokens, encode_tokens, write_tokens
 from .shards import ShardedJob, default_shard_rows, write_array
@@ -180,9 +181,10 @@ def encode_job(
         "storage": storage,
     }
     sparse = inference.representation == "sparse"
+    info = {"model": str(inference._source.name_or_path or ""), "texts": table.where}
     if sparse:
         key["terms"] = inference._source.embedding_size
-    info = {"model": str(inference._source.name_or_path or ""), "texts": table.where}
+        info["vocabulary"] = vocabulary_fingerprint(inference.processor.tokenizer)
     options = {"info": info, **({"suffix": SparseStore.suffix} if sparse else {})}
     return ShardedJob.cached("embeddings", key, -(-len(table) // rows), cache_dir, **options), rows
 

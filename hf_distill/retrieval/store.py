@@ -6,6 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,8 @@ class VectorStore(ABC):
 
     folder: Path
     key: dict[str, Any]
+    # Facts that follow from `key`.
+    info: Mapping[str, Any] = MappingProxyType({})
     dim: int
     # Ending of the shards' names.
     suffix = ".npy"
@@ -50,7 +53,7 @@ class VectorStore(ABC):
         """Reads `key`; the paths of all shards."""
         try:
             manifest = read_json(self.folder / MANIFEST)
-            self.key = manifest["key"]
+            self.key, self.info = manifest["key"], manifest.get("info", {})
             count = int(self.key["num_shards"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(

@@ -113,6 +113,7 @@ class CachedEmbeddings(Teacher):
         temperature: float = 1.0,
         origin: Mapping[str, Any] | None = None,
     ):
+        self.vectors = queries, passages
         super().__init__(name)
         self.stores, self.similarity, self.temperature = (queries, passages), similarity, temperature
         self.embedding_size = queries.dim

@@ -11,6 +11,7 @@ from ..console import get_logger
 from ..distributed import sum_over_processes, world_size
 from ..errors import InputError
 from ..losses.combine import LossTerm
+from ..models.processing import tokenizer_fingerprint, vocabulary_fingerprint
 
 
 logger = get_logger(__name__)
@@ -96,13 +97,26 @@ def check_vocabulary(model: Any, teacher: Any) -> None:
 
     Args:
         model: The student.
-        teacher: A teacher with embeddings; where it reads text, its vocabulary is compared too.
+        teacher: A teacher with embeddings. Its vocabulary is that of its tokenizer, or the one its cached vectors were
+            made with.
     """
-    theirs = None if teacher.processor is None else teacher.processor.tokenizer.get_vocab()
-    same = theirs is None or theirs == model.tokenizer.get_vocab()
+    tokenizer = model.tokenizer
+    if teacher.processor is not None:
+        same = teacher.processor.tokenizer.get_vocab() == tokenizer.get_vocab()
+    else:
+        same = all(_is_over(store, tokenizer) for store in teacher.vectors)
     if teacher.embedding_size != model.embedding_size or not same:
         raise InputError(
             f"the vectors of the teacher {teacher.name!r} are not over the student's vocabulary",
             where="losses",
             cure="Follow its scores (kl, margin_mse, rank_consistency), or give a lexical teacher of this vocabulary",
         )
+
+
+def _is_over(store: Any, tokenizer: Any) -> bool:
+    """Whether cached vectors are over a tokenizer's vocabulary, as far as their manifest says."""
+    if "vocabulary" in store.info:
+        return store.info["vocabulary"] == vocabulary_fingerprint(tokenizer)
+    # An older manifest knows the tokenizer alone; vectors from elsewhere know nothing.
+    ours = tokenizer_fingerprint(tokenizer)
+    return store.key.get("processor_tokenizer", ours) == ours
