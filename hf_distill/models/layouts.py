@@ -81,7 +81,11 @@ class TowerLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a folder says about a model. `passage` is None where one tower reads queries and passages."""
+    """What a folder says about a model.
+
+    `passage` is None where one tower reads queries and passages. `is_guess` says that the folder is a masked language
+    model's and nothing in it tells whether dense or lexical vectors are meant.
+    """
 
     kind: str
     query: TowerLayout
@@ -92,6 +96,7 @@ class Layout:
     default_prompt: str = ""
     similarity: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    is_guess: bool = False
 
 
 def read_layout(folder: Path, name: str) -> Layout:
@@ -132,7 +137,10 @@ def read_layout(folder: Path, name: str) -> Layout:
         # sentence-transformers takes the length of a bare cross-encoder from its tokenizer.
         return Layout("cross-encoder", TowerLayout(folder), **shared)
     # What LexMAE has pre-trained is a plain masked-LM checkpoint, meant to become a lexical model.
-    return Layout("lexical" if extra.get("archetype") == "lexmae" else "dense", TowerLayout(folder), **shared)
+    if extra.get("archetype") == "lexmae":
+        return Layout("lexical", TowerLayout(folder), **shared)
+    is_guess = any(architecture.endswith("ForMaskedLM") for architecture in architectures)
+    return Layout("dense", TowerLayout(folder), is_guess=is_guess, **shared)
 
 
 def expect_kind(layout: Layout, wanted: str, name: str) -> None:

@@ -142,6 +142,12 @@ class NativeModel(PreTrainedModel, ABC):
         """
         wanted = checked_settings(overrides, cls.known_settings, cls.__name__)
         source = find_model(pretrained_model_name_or_path, revision)
+        if source.kind not in (None, cls.archetype):
+            raise InputError(
+                f"this is asked for as a {source.kind} model and opened as a {cls.archetype} one",
+                where=f"{source.kind}:{source.name}",
+                cure=f"Leave {source.kind}: out, or choose the other kind",
+            )
         model = cls._open(Opening(source, wanted, cls.backbone_head, dtype, attn_implementation))
         model.name_or_path = model.config.name_or_path = source.name
         model.source = source
