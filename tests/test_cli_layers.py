@@ -108,6 +108,25 @@ def test_every_baseline_is_one_switch(method, mode, terms, folder, micro, tiny_b
     assert terms <= set(logged) and logged["loss"] == pytest.approx(sum(logged[name] for name in terms), rel=1e-3)
 
 
+def test_a_cached_dense_teacher_gives_its_layers_with_all_candidates(
+    folder, micro, tiny_bert_source, tmp_path, capsys
+):
+    losses = "[contrastive, {name: kl, candidates: global}, {name: layer_alignment, candidates: global}]"
+    words = ["--data", str(micro), "--student", str(tiny_bert_source), *COMMON, "--losses", losses]
+    words += ["--rows", str(folder / "rows"), "--layer_pairing", "1:2,2:4", "--max_steps", "1", "--baseline", "false"]
+    main(["distill", "--teacher", str(tiny_bert_source), *words, "--output_dir", str(tmp_path / "out")])
+    assert "2 layers of teacher (0.0 GiB)" in " ".join(capsys.readouterr().out.split())
+    logged = json.loads((tmp_path / "out" / "history.json").read_text())[0]
+    assert logged["layer_alignment"] > 0
+    teacher = json.loads((tmp_path / "out" / "run_manifest.json").read_text())["models"]["teachers"][0]
+    assert teacher["kind"] == "CachedEmbeddings" and teacher["layers"] == [2, 4]
+    # Vectors of single texts are all that can be kept of them.
+    with pytest.raises(SystemExit):
+        main(["distill", "--teacher", str(folder / "colbert"), *words, "--output_dir", str(tmp_path / "other")])
+    assert "own; or let the model read every batch (--teacher_mode live)" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 def test_bad_layers_are_refused_before_any_work(folder, micro, tiny_bert_source, tmp_path, capsys):
     def fails(*words: str) -> str:
         with pytest.raises(SystemExit) as end:

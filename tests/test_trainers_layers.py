@@ -18,8 +18,8 @@ from hf_distill.models.backbones import block_list
 from hf_distill.models.candidates import take_rows
 from hf_distill.models.layer_scores import LayerTokens, vector_layer_scores
 from hf_distill.models.multi_vector import token_scores
-from hf_distill.retrieval import InferenceModel, layer_scores, score_layers, score_rows
-from hf_distill.teachers import CachedScores, LiveTeacher
+from hf_distill.retrieval import InferenceModel, encode_table, layer_scores, score_layers, score_rows
+from hf_distill.teachers import CachedEmbeddings, CachedScores, LiveTeacher
 from hf_distill.trainers import DistillTrainer, DistillTrainingArguments
 from hf_distill.trainers.layers import LayerPairing
 
@@ -381,6 +381,41 @@ def test_cached_layers_teach_as_live_ones_do(archetype, tiny_tokenizer, rows, tm
             assert stored[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (step, name)
 
 
+@pytest.mark.parametrize("storage", ["float32", "float16"])
+def test_cached_vectors_of_layers_teach_with_any_candidates(storage, tiny_tokenizer, rows, tmp_path):
+    """The objective of the paper with a frozen dense teacher: the same losses live and cached, temperature too."""
+    source = save_tiny(tmp_path / "bert", "bert", tiny_tokenizer)
+    teacher = make("dense", source, pooling="cls", normalize=True, projection_dim=8, temperature=0.5)
+    tables = ((rows.queries, "query"), (rows.corpus, "passage"))
+    settings = {"dtype": "float32", "storage": storage}
+    stores = [encode_table(teacher, *both, **settings) for both in tables]
+    layer_stores = tuple(encode_table(teacher, *both, layers=[2, 4], **settings) for both in tables)
+    assert layer_stores[0].key["layers"] == [2, 4] and layer_stores[0].dim == 2 * teacher.config.hidden_size
+    assert stores[0].dim == 8 and layer_stores[0].dtype == storage
+    origin = {"num_layers": teacher.num_layers}
+    cached = CachedEmbeddings("teacher", *stores, temperature=0.5, origin=origin, layer_stores=layer_stores)
+    losses = (
+        '["contrastive", {"name": "kl", "candidates": "global"}, {"name": "layer_alignment", "candidates": "global"}, '
+        '{"name": "layer_alignment", "candidates": "own"}]'
+    )
+    seen = []
+    for one in (LiveTeacher("teacher", teacher), cached):
+        student = student_from("layers:2", make("dense", source, pooling="cls", similarity="dot"))
+        args = arguments(tmp_path / "out", losses=losses, max_steps=2, layer_pairing="1:2,2:4", num_layer_pairs=None)
+        seen.append(history(DistillTrainer(student, args, [one], rows=rows)))
+    room = 1e-5 if storage == "float32" else 1e-2
+    for step, (live, stored) in enumerate(zip(*seen)):
+        for name, value in live.items():
+            assert stored[name] == pytest.approx(value, rel=10 * room, abs=room), (step, name)
+    args = arguments(tmp_path / "out", losses=losses, layer_pairing="1:1", num_layer_pairs=None)
+    with pytest.raises(InputError, match="the cache of the teacher 'teacher' has the layers 2, 4, not 1"):
+        DistillTrainer(student, args, [cached], rows=rows)
+    with pytest.raises(InputError, match="no vectors of the same layers"):
+        CachedEmbeddings("teacher", *stores, layer_stores=tuple(stores))
+    with pytest.raises(InputError, match="nothing is known of the layers"):
+        DistillTrainer(student, args, [CachedEmbeddings("teacher", *stores)], rows=rows)
+
+
 def test_scores_of_layers_do_not_depend_on_how_many_queries_are_held(tiny_bert, rows, tmp_path, monkeypatch):
     teacher, found, readings = make("tokens", tiny_bert), [], []
     outputs = InferenceModel.outputs
@@ -429,7 +464,7 @@ def test_columns_of_other_texts_or_weights_are_refused(tiny_bert, rows, tmp_path
     with pytest.raises(InputError, match="has the layers 1, 3, not 2.*--layers all"):
         DistillTrainer(student_from("layers:2", make("dense", tiny_bert)), args, [cached], rows=scored)
     args = arguments(tmp_path, losses='[{"name": "layer_alignment", "candidates": "global"}]')
-    with pytest.raises(InputError, match="cannot score global candidates.*own"):
+    with pytest.raises(InputError, match="cannot score global candidates.*own; or .*--teacher_mode live"):
         DistillTrainer(student_from("layers:2", make("dense", tiny_bert)), args, [cached], rows=scored)
     with pytest.raises(InputError, match="has the layers 1 to 4, not 5"):
         score_layers(teacher, rows, layers=[5])

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..models.base import RetrievalModel
     from ..teachers import Teacher
     from ..trainers import DistillTrainer
+    from ..trainers.layers import LayerTerms
 
 logger = get_logger(__name__)
 
@@ -35,6 +36,7 @@ class TeacherSpec:
     column: str | None = None
     mode: str = "cached"
     teaches_layers: bool = False
+    needs_vectors: bool = False
 
     @property
     def is_ranker(self) -> bool:
@@ -47,11 +49,20 @@ class TeacherSpec:
 
     @property
     def in_rows(self) -> bool:
-        """Whether its scores are columns of the row set; a bi-encoder's are made from cached embeddings else."""
+        """Whether its scores are columns of the row set; those of a bi-encoder are made from cached vectors else.
+
+        Its layers' vectors take the room of as many embeddings, so they are cached only for what columns cannot give.
+        """
         kinds = ("pair", "tokens")
         return self.model is None or (
-            self.mode == "cached" and (self.teaches_layers or self.model.representation in kinds)
+            self.mode == "cached"
+            and (self.model.representation in kinds or (self.teaches_layers and not self.needs_vectors))
         )
+
+    @property
+    def more_live(self) -> bool:
+        """See [`Teacher`]."""
+        return self.in_rows and not self.is_ranker
 
     @property
     def candidate_sets(self) -> tuple[str, ...]:
@@ -71,7 +82,7 @@ class TeacherSpec:
     @property
     def processor(self) -> Any:
         """How it reads text while the student is trained; None if it does not then."""
-        return None if self.in_rows else self.model.processor()
+        return None if self.mode == "cached" else self.model.processor()
 
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raises [`InputError`] for layers that the model does not have; a column is looked at later."""
@@ -168,16 +179,20 @@ class Distillation:
         }
         for term in self.layer_terms.values():
             by_name[term.teacher].teaches_layers = True
-        self._check_pairs([spec for spec in self.teachers if spec.model is not None])
+        for term in terms.values():
+            if term.needs_teacher and (term.candidates != "own" or term.loss.inputs == "embeddings"):
+                for name in set(term.teachers) & set(by_name):
+                    by_name[name].needs_vectors = True
+        self.pairs = self._check_pairs([spec for spec in self.teachers if spec.model is not None])
 
-    def _check_pairs(self, teachers: Sequence[TeacherSpec | Teacher]) -> None:
-        """Raises [`InputError`] for layers that the student or one of these teachers does not have."""
+    def _check_pairs(self, teachers: Sequence[TeacherSpec | Teacher]) -> LayerTerms:
+        """What layers are compared; raises [`InputError`] for those that a model does not have."""
         from ..trainers.layers import LayerTerms
 
         by_name = {teacher.name: teacher for teacher in teachers}
         first = self.teachers[0].name
         terms = {label: term for label, term in self.layer_terms.items() if (term.teacher or first) in by_name}
-        LayerTerms(terms, lambda term: by_name[term.teacher or first], self.student, self.args)
+        return LayerTerms(terms, lambda term: by_name[term.teacher or first], self.student, self.args)
 
     def _check_streamed_teachers(self) -> None:
         for spec in self.teachers:
@@ -263,6 +278,16 @@ class Distillation:
                         seconds(spec.model, passages),
                     )
                 )
+                if spec.teaches_layers and not spec.in_rows and spec.mode == "cached":
+                    number = len(self.pairs.ever_of_teacher(spec.name))
+                    size = {"float16": 2, "float32": 4}[self.encode["storage"]]
+                    size *= (passages + queries) * number * spec.model.config.hidden_size
+                    lines.append(
+                        (
+                            f"encode them again, {number} layers of {spec.name} ({size / 2**30:.1f} GiB)",
+                            seconds(spec.model, passages, anew=True),
+                        )
+                    )
         if self.row_source == "bm25":
             lines.append((f"mine negatives of {rows:,} queries with BM25", 2 + rows * 1e-3))
         elif self.row_source is not None:
@@ -365,10 +390,12 @@ class Distillation:
                     rows = score_layers(spec.model, rows, column=of_layers, **settings)
                 teachers.append(CachedScores.from_rows(spec.name, rows, column, of_layers, model=spec.model))
             else:
-                stores = [
-                    encode_table(spec.model, table, kind, **encode)
-                    for table, kind in ((rows.queries, "query"), (rows.corpus, "passage"))
-                ]
+                tables = ((rows.queries, "query"), (rows.corpus, "passage"))
+                stores = [encode_table(spec.model, *both, **encode) for both in tables]
+                layer_stores = None
+                if spec.teaches_layers:
+                    layers = self.pairs.ever_of_teacher(spec.name)
+                    layer_stores = tuple(encode_table(spec.model, *both, layers=layers, **encode) for both in tables)
                 config = spec.model.config
                 similarity = "dot" if config.normalize else config.similarity
                 teachers.append(
@@ -377,7 +404,12 @@ class Distillation:
                         *stores,
                         similarity=similarity,
                         temperature=config.temperature,
-                        origin={"model": spec.origin, "weights": spec.model.weights_fingerprint()},
+                        origin={
+                            "model": spec.origin,
+                            "weights": spec.model.weights_fingerprint(),
+                            "num_layers": spec.num_layers,
+                        },
+                        layer_stores=layer_stores,
                     )
                 )
         self._check_pairs(teachers)

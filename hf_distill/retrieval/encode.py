@@ -98,6 +98,7 @@ def encode_table(
     token_budget: int | None = None,
     shard_rows: int | None = None,
     storage: str = "float32",
+    layers: Sequence[int] = (),
     cache_dir: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
 ) -> VectorStore:
@@ -115,6 +116,8 @@ def encode_table(
         token_budget: Most tokens of a batch, padding included.
         shard_rows: Rows of a shard; by default a function of the number of rows.
         storage: `"float32"` or `"float16"`: how vectors are kept on disk.
+        layers: Numbers of a dense model's layers, from 1, ascending: then their pooled vectors, neither projected nor
+            normalised, are kept side by side, `[rows, K · H]`, instead of the model's own.
         cache_dir: Instead of the default cache folder.
         device: Where to run.
 
@@ -123,7 +126,7 @@ def encode_table(
     """
     inference = as_inference_model(model, dtype=dtype, device=device, token_budget=token_budget)
     sparse = inference.representation == "sparse"
-    job, rows = encode_job(inference, table, kind, shard_rows, storage, cache_dir)
+    job, rows = encode_job(inference, table, kind, shard_rows, storage, cache_dir, layers)
 
     def positions(shard: int) -> np.ndarray:
         return np.arange(shard * rows, min((shard + 1) * rows, len(table)))
@@ -138,7 +141,8 @@ def encode_table(
         elif sparse:
             write_rows(path, inference.encode_sparse(features, kind, job.advance), storage)
         else:
-            write_array(path, inference.encode(features, kind, job.advance).astype(storage))
+            vectors = inference.encode(features, kind, job.advance, layers)
+            write_array(path, vectors.reshape(len(vectors), -1).astype(storage))
 
     job.run(
         write,
@@ -159,6 +163,7 @@ def encode_job(
     shard_rows: int | None = None,
     storage: str = "float32",
     cache_dir: str | os.PathLike | None = None,
+    layers: Sequence[int] = (),
 ) -> tuple[ShardedJob, int]:
     """The job of `encode_table`, and the rows of a shard."""
     _check_kind(kind)
@@ -167,6 +172,12 @@ def encode_job(
     if inference.representation == "pair":
         raise InputError(
             "a cross-encoder has no embeddings", where="encoding", cure="Use score_rows or rerank with it"
+        )
+    if layers and inference.representation != "dense":
+        raise InputError(
+            "the layers of a text are one vector each in dense models alone",
+            where="layers",
+            cure="Score the rows by their layers (score_layers), or let the model read every batch",
         )
     if not len(table):
         raise InputError(f"no {table.noun}", where=table.where, cure="Give at least one row")
@@ -180,6 +191,9 @@ def encode_job(
         "shard_rows": rows,
         "storage": storage,
     }
+    if layers:
+        inference._source.check_layers(layers)
+        key["layers"] = list(layers)
     sparse = inference.representation == "sparse"
     info = {"model": str(inference._source.name_or_path or ""), "texts": table.where}
     if sparse:

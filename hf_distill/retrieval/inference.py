@@ -156,7 +156,11 @@ class InferenceModel:
         return self._key
 
     def encode(
-        self, features: Sequence[Sequence[int]], kind: str, advance: Callable[[int], None] | None = None
+        self,
+        features: Sequence[Sequence[int]],
+        kind: str,
+        advance: Callable[[int], None] | None = None,
+        layers: Sequence[int] = (),
     ) -> np.ndarray:
         """Vectors of tokenised texts, `float32[n, D]`, of a [`DenseRetriever`].
 
@@ -164,8 +168,13 @@ class InferenceModel:
             features: Token ids, as `processor.encode(texts, kind)` returns them.
             kind: `"query"` or `"passage"`.
             advance: Called with the number of texts after every batch.
+            layers: Numbers of layers, from 1, whose pooled vectors are wanted instead: `float32[n, K, H]`.
         """
-        return self.run(features, None, lambda chunk: self.model.encode(chunk, kind), advance)
+
+        def forward(chunk: dict[str, torch.Tensor]) -> torch.Tensor:
+            return self.model.encode(chunk, kind, None, layers)[1] if layers else self.model.encode(chunk, kind)
+
+        return self.run(features, None, forward, advance)
 
     def score(
         self,

@@ -130,8 +130,7 @@ def _by_vectors(
     """Inner products of a dense model's pooled layers: `float32[pairs, K]`."""
 
     def vectors(texts: list[str], kind: str) -> np.ndarray:
-        features = inference.processor.encode(texts, kind)
-        return inference.run(features, None, lambda chunk: inference.model.encode(chunk, kind, None, layers)[1])
+        return inference.encode(inference.processor.encode(texts, kind), kind, layers=layers)
 
     left, right = vectors(questions, "query"), vectors(passages, "passage")
     return np.concatenate(

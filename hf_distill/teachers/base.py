@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ class Teacher(ABC):
         candidate_sets: The candidates that it can score, see [`hf_distill.models.candidates`].
         processor: The text processor that its batches are tokenised with, or None if it reads no text.
         score_column: The column of the row set with its scores, or None.
-        stores: Its cached embeddings of queries and passages, or None.
+        stores: Its cached vectors, *(of queries, of passages)*, by the names under which a batch has them.
+        more_live: Whether the model behind it could score more candidates if it read every batch.
         num_layers: How many layers it has, None where nothing is known of them.
         layer_column: The column of the row set with its layers' scores, or None.
         is_joint: Whether it is trained along with the student.
@@ -29,7 +31,8 @@ class Teacher(ABC):
     candidate_sets: tuple[str, ...] = ("own",)
     processor: Any = None
     score_column: str | None = None
-    stores: tuple[Any, Any] | None = None
+    stores: Mapping[str, tuple[Any, Any]] = MappingProxyType({})
+    more_live: bool = False
     embedding_size: int | None = None
     num_layers: int | None = None
     layer_column: str | None = None

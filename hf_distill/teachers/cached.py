@@ -10,7 +10,9 @@ import torch
 from ..data.examples import moved_example
 from ..data.rows_io import are_other_texts
 from ..errors import InputError
+from ..models.bi_encoder import KINDS
 from ..models.candidates import CANDIDATES, arrange, candidate_scores
+from ..models.layer_scores import vector_layer_scores
 from .base import Teacher
 
 
@@ -43,6 +45,7 @@ class CachedScores(Teacher):
         self.score_column, self.origin = column, dict(origin or {})
         self.layer_column, self.layers = layer_column, tuple(layers)
         self.num_layers = self.origin.get("num_layers") or max(self.layers, default=None)
+        self.more_live = self.origin.get("kind") != "cross-encoder"
 
     @classmethod
     def from_rows(
@@ -68,14 +71,9 @@ class CachedScores(Teacher):
     def check_layers(self, layers: Sequence[int]) -> None:
         if self.layer_column is None:
             super().check_layers(layers)
-        missing = [number for number in layers if number not in self.layers]
-        if missing:
-            raise InputError(
-                f"the column {self.layer_column!r} has the layers {', '.join(map(str, self.layers))}, "
-                f"not {missing[0]}",
-                where="layers",
-                cure="Pair these layers (--layer_pairing), or score the rows again with --layers all",
-            )
+        _check_stored(
+            layers, self.layers, f"the column {self.layer_column!r}", "score the rows again with --layers all"
+        )
 
     def layer_scores(self, batch: Mapping[str, Any], layers: Sequence[int], candidates: str) -> torch.Tensor:
         places = [self.layers.index(number) for number in layers]
@@ -100,6 +98,11 @@ class CachedEmbeddings(Teacher):
         similarity: `"dot"` or `"cosine"`.
         temperature: The scores are divided by it.
         origin: What the card says about the teacher.
+        layer_stores: The vectors of its layers, of queries and of passages, as [`encode_table`] wrote them with
+            `layers`; with them its layers teach with any candidates too.
+
+    Raises:
+        InputError: If `layer_stores` are not of the same layers.
     """
 
     candidate_sets = CANDIDATES
@@ -112,12 +115,41 @@ class CachedEmbeddings(Teacher):
         similarity: str = "dot",
         temperature: float = 1.0,
         origin: Mapping[str, Any] | None = None,
+        layer_stores: tuple[EmbeddingStore, EmbeddingStore] | None = None,
     ):
         self.vectors = queries, passages
         super().__init__(name)
-        self.stores, self.similarity, self.temperature = (queries, passages), similarity, temperature
+        self.similarity, self.temperature = similarity, temperature
+        self.stores = {name: (queries, passages)}
         self.embedding_size = queries.dim
         self.origin = dict(origin or {})
+        self.layers: tuple[int, ...] = ()
+        if layer_stores is not None:
+            self.layers = tuple(layer_stores[0].key.get("layers", ()))
+            if not self.layers or layer_stores[1].key.get("layers") != list(self.layers):
+                raise InputError(
+                    "these are no vectors of the same layers of queries and of passages",
+                    where=f"{layer_stores[0].folder} and {layer_stores[1].folder}",
+                    cure="Make both with encode_table(..., layers=[...])",
+                )
+            self.stores[self._of_layers] = layer_stores
+            self.origin["layers"] = list(self.layers)
+            self.num_layers = self.origin.get("num_layers") or max(self.layers)
+
+    @property
+    def _of_layers(self) -> str:
+        """Under which name a batch has the vectors of layers."""
+        return f"{self.name} layers"
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        if not self.layers:
+            super().check_layers(layers)
+        _check_stored(layers, self.layers, f"the cache of the teacher {self.name!r}", "encode with these layers too")
+
+    def layer_scores(self, batch: Mapping[str, Any], layers: Sequence[int], candidates: str) -> torch.Tensor:
+        vectors, places = batch["embeddings"][self._of_layers], [self.layers.index(number) for number in layers]
+        chosen = (vectors[kind].float().unflatten(-1, (len(self.layers), -1))[:, places] for kind in KINDS)
+        return vector_layer_scores(*arrange(*chosen, batch), candidates)
 
     def embeddings(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         vectors = batch["embeddings"][self.name]
@@ -143,6 +175,16 @@ class CachedEmbeddings(Teacher):
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), **self.origin}
+
+
+def _check_stored(layers: Sequence[int], stored: Sequence[int], where: str, cure: str) -> None:
+    missing = [number for number in layers if number not in stored]
+    if missing:
+        raise InputError(
+            f"{where} has the layers {', '.join(map(str, stored))}, not {missing[0]}",
+            where="layers",
+            cure=f"Pair these layers (--layer_pairing), or {cure}",
+        )
 
 
 def check_column(rows: RowSet, column: str, model: Any = None) -> dict[str, Any]:

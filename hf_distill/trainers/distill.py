@@ -86,7 +86,7 @@ class DistillTrainer(JointTraining, RetrievalTrainer):
             model,
             args,
             encoders={name: teacher.processor for name, teacher in self.teachers.items() if teacher.processor},
-            stores={name: teacher.stores for name, teacher in self.teachers.items() if teacher.stores},
+            stores={name: both for teacher in teachers for name, both in teacher.stores.items()},
             score_columns=[
                 column for teacher in teachers for column in (teacher.score_column, teacher.layer_column) if column
             ],

@@ -180,7 +180,7 @@ class LayerTerms:
         for teacher in compared:
             _check_same_tokens(model, teacher)
         for name, teacher in teachers.items():
-            teacher.check_layers(sorted({number for pairs in self._possible(name) for number in pairs[1]}))
+            teacher.check_layers(self.ever_of_teacher(name))
 
     def _possible(self, name: str) -> list[Pairs]:
         """The pairs that may come up: all of a fixed pairing; of a random one, every layer."""
@@ -188,6 +188,10 @@ class LayerTerms:
         if pairing.pairing != "random":
             return [pairing.at(0)]
         return [tuple(tuple(range(1, depth + 1)) for depth in pairing.depths)]
+
+    def ever_of_teacher(self, name: str) -> tuple[int, ...]:
+        """The layers of a teacher that some step may need, ascending."""
+        return tuple(sorted({number for pairs in self._possible(name) for number in pairs[1]}))
 
     def begin_step(self, step: int) -> None:
         """Chooses the pairs of an optimiser step."""

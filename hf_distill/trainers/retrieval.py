@@ -52,7 +52,8 @@ def check_terms(terms: Mapping[str, LossTerm], *, representation: str, teachers:
     Args:
         terms: By their label.
         representation: What the student makes of texts, see [`RetrievalModel`].
-        teachers: Each with `candidate_sets` and `embedding_size`, as [`Teacher`] has them, the primary one first.
+        teachers: Each with `candidate_sets`, `more_live`, `embedding_size` and `is_joint`, see [`Teacher`]; the
+            primary one first.
 
     Raises:
         InputError: For the first that cannot, with what would do.
@@ -132,7 +133,8 @@ def _check_one(label: str, term: LossTerm, name: str, teachers: Mapping[str, Any
         raise InputError(
             f"the teacher {name!r} cannot score {term.candidates} candidates for {label}",
             where="losses",
-            cure=f"Set candidates to one of: {', '.join(teachers[name].candidate_sets)}",
+            cure=f"Set candidates to one of: {', '.join(teachers[name].candidate_sets)}"
+            + ("; or let the model read every batch (--teacher_mode live)" if teachers[name].more_live else ""),
         )
 
 
