@@ -164,6 +164,19 @@ def test_indexes_for_other_engines(world, micro):
     assert (world["root"] / "ciff" / "index.ciff").stat().st_size > 1000
 
 
+def test_a_bare_checkpoint_is_searched_as_asked(micro, tiny_tokenizer, tmp_path, capsys):
+    """A masked language model and nothing else, as the first SPLADE models were published."""
+    bare = save_tiny(tmp_path / "bare", "bert", tiny_tokenizer, head="MaskedLM", layers=2)
+    found = {}
+    for prefix in ("", "dense:", "lexical:"):
+        words = ["search", "--data", micro, "--model", f"{prefix}{bare}", "--query", "bread", "--cache_dir", tmp_path]
+        main([*map(str, words)])
+        shown = capsys.readouterr()
+        assert (f"write lexical:{bare}" in " ".join(shown.err.split())) == (not prefix)
+        found[prefix] = shown.out
+    assert found[""] == found["dense:"] != found["lexical:"]
+
+
 @pytest.mark.parametrize("profile", ["smoke", "paper"])
 @pytest.mark.parametrize("recipe", ["led", "lexmae"])
 def test_the_recipes_can_be_run(recipe, profile, micro, tiny_tokenizer, tmp_path, capsys):
@@ -208,5 +221,6 @@ def test_what_is_refused(micro, tiny_bert, tmp_path, capsys):
     assert "either --data" in refusal(capsys, "pretrain", "--model", tiny_bert, *out)
     measured = ["pretrain", "--data", micro, "--model", "no/where", *out, "--eval_strategy", "steps"]
     assert "eval_strategy: pre-training measures nothing" in refusal(capsys, *measured)
-    assert "no lexical model" in refusal(capsys, "explain", "--model", tiny_bert, "--query", "x", "--passage", "y")
+    explain = ["explain", "--query", "x", "--passage", "y", "--model"]
+    assert "write lexical: before the name of a bare SPLADE checkpoint" in refusal(capsys, *explain, tiny_bert)
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from hf_distill.errors import InputError
-from hf_distill.models import DenseRetriever, LexicalRetriever, load_model
+from hf_distill.hub.cards import on_hub
+from hf_distill.models import DenseRetriever, LexicalRetriever, load_model, student_from
 from hf_distill.models.lexical import pooled_mask, splade_max
 from hf_distill.models.token_maximum import token_maximum
 from tests.model_zoo import TEXTS, batch_of, save_tiny, tokenizer_for, vectors
@@ -228,6 +229,22 @@ def test_a_public_splade_checkpoint_is_read(folders, tmp_path):
     bare = LexicalRetriever.from_pretrained(folders["distilbert"])
     for model in (saved, bare):
         torch.testing.assert_close(vectors(model, texts, "passage"), expected, atol=1e-5, rtol=0)
+
+
+def test_a_bare_checkpoint_is_read_as_asked(folders, caplog):
+    bare = folders["bert"]
+    assert isinstance(load_model(bare), DenseRetriever)
+    assert f"write lexical:{bare}, else dense:{bare}." in caplog.text
+    caplog.clear()
+    model, direct = load_model(f"lexical:{bare}"), LexicalRetriever.from_pretrained(bare)
+    assert isinstance(model, LexicalRetriever) and model.name_or_path == str(bare)
+    assert model.weights_fingerprint() == direct.weights_fingerprint()
+    for name in (bare, f"dense:{bare}"):  # what is to be trained is no retriever yet
+        assert isinstance(student_from(name), DenseRetriever)
+    assert not caplog.text
+    with pytest.raises(InputError, match="asked for as a lexical model and opened as a dense one"):
+        DenseRetriever.from_pretrained(f"lexical:{bare}")
+    assert on_hub(["lexical:user/name@main", "dense:user/other", str(bare)]) == ["user/name", "user/other"]
 
 
 def test_a_separator_inside_passages_and_inner_tokens_cannot_be_saved(folders, tmp_path):

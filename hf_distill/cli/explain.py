@@ -24,7 +24,7 @@ class ExplainOptions:
 
     _argument_group_name = "explanation"
 
-    model: str | None = option(None, "Hub id or folder of a lexical model.")
+    model: str | None = option(None, "Hub id or folder of a lexical model; lexical:ID for a bare SPLADE checkpoint.")
     query: str | None = option(None, "The question. Default: the first of the collection (--data) that is judged.")
     passage: str | None = option(
         None, "A passage. Default: the best of the collection (--data); without --query a relevant one."
@@ -51,13 +51,10 @@ def run(data_options: CollectionOptions, options: ExplainOptions, encode_options
     from ..console import print_table
     from ..evaluation.terms import plot_terms, text_terms
     from ..files import write_json
-    from ..models import load_model
     from ..retrieval import Searcher
     from . import steps
 
-    model = load_model(options.model)
-    if model.representation != "sparse":
-        raise InputError("this is no lexical model", where="--model", cure="Give one, trained with --kind lexical say")
+    model = steps.open_lexical(options.model)
     settings = steps.encode_settings(encode_options, data_options)
     query, positions = options.query, None
     if query is None or options.passage is None:

@@ -21,7 +21,7 @@ class ExportOptions:
 
     _argument_group_name = "export"
 
-    model: str | None = option(None, "Hub id or folder of a lexical model.")
+    model: str | None = option(None, "Hub id or folder of a lexical model; lexical:ID for a bare SPLADE checkpoint.")
     format: str = option(
         "anserini",
         "anserini (JSON vectors and topics, also Pyserini) or ciff (PISA, JASS, ...).",
@@ -42,13 +42,10 @@ def run(data_options: CollectionOptions, options: ExportOptions, encode_options:
     if options.scale < 1:
         raise InputError(f"scale is {options.scale}", where="--scale", cure="Give 1 or more")
     from ..hub.manifest import write_manifest
-    from ..models import load_model
     from ..retrieval import InvertedIndex, encode_table, export_anserini, export_ciff
     from . import steps
 
-    model = load_model(options.model)
-    if model.representation != "sparse":
-        raise InputError("this is no lexical model", where="--model", cure="Give one, trained with --kind lexical say")
+    model = steps.open_lexical(options.model)
     data = steps.Data.open(data_options)
     collection = data.collection
     settings = steps.encode_settings(encode_options, data_options)

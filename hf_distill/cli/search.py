@@ -19,7 +19,9 @@ class SearchOptions:
 
     _argument_group_name = "search"
 
-    model: str | None = option(None, "Hub id or folder of a bi-encoder, or bm25.")
+    model: str | None = option(
+        None, "Hub id or folder of a bi-encoder (lexical:ID for a bare SPLADE checkpoint), or bm25."
+    )
     query: str | None = option(None, "The question. Without it, questions are read line by line.")
     top: int = option(5, "Passages to show, 1 or more.")
     width: int = option(300, "Characters of each passage to show.")

@@ -153,7 +153,6 @@ def open_model(
         DenseRetriever,
         LexicalRetriever,
         MultiVectorRetriever,
-        load_model,
         student_from,
     )
 
@@ -164,12 +163,23 @@ def open_model(
         "cross_encoder": CrossEncoderRanker,
     }
     if kind is None:
-        opened = type(load_model(name, revision=revision))
+        opened = type(student_from(name, revision=revision))
         kind = next((one for one, archetype in archetypes.items() if archetype is opened), "dense")
     archetype = archetypes[kind]
     set_seed(seed)
     model = archetype.from_pretrained(name, revision=revision, **model_overrides(options, kind == "cross_encoder"))
     return model if layers is None else student_from(f"layers:{layers}", model)
+
+
+def open_lexical(name: str) -> RetrievalModel:
+    """Opens the lexical model of `--model`; [`InputError`] for another one."""
+    from ..models import load_model
+
+    model = load_model(name)
+    if model.representation != "sparse":
+        cure = "Give one, trained with --kind lexical say; write lexical: before the name of a bare SPLADE checkpoint"
+        raise InputError("this is no lexical model", where="--model", cure=cure)
+    return model
 
 
 def candidates_run(

@@ -171,8 +171,11 @@ def on_hub(names: Sequence[str]) -> list[str]:
     """Those of the names that can be ids of the Hub; folders of this machine mean nothing to others."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    from ..models.source import split_kind
+
     found = []
-    for name in dict.fromkeys(split_revision(name)[0] for name in names if not Path(name).exists()):
+    ids = [split_kind(name)[1] for name in names]
+    for name in dict.fromkeys(split_revision(name)[0] for name in ids if not Path(name).exists()):
         try:
             validate_repo_id(name)
         except HFValidationError:

@@ -31,6 +31,8 @@ _MODEL_FILES = (
     "vocab.*",
     "*.model",
 )
+# Before a name: how a checkpoint is read that does not say it itself.
+_KINDS = ("dense", "lexical")
 _HUB_SECONDS = 6.0
 _PLAIN_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".vocab", ".tiktoken")
 _FOREIGN_FOLDERS = ("onnx/", "openvino/", "coreml/", "gguf/", "original/", ".eval_results/")
@@ -44,28 +46,41 @@ class ModelSource:
         name: What the user asked for, with its `@revision` if there was one.
         folder: The folder that holds the files.
         revision: The commit on the Hub; None for a local folder or a package.
+        kind: `"dense"` or `"lexical"` where the user said how to read it.
     """
 
     name: str
     folder: Path
     revision: str | None = None
+    kind: str | None = None
 
 
 def find_model(name: str | os.PathLike | ModelSource, revision: str | None = None) -> ModelSource:
     """Finds (and where needed downloads) a model's files.
 
-    `name` is a folder, `user/name`, or `user/name@revision`. A local folder is taken as it is. Otherwise the Hub is
-    asked once, with a short timeout and not at all under `HF_HUB_OFFLINE=1`; when it does not answer, the Hub's cache
-    and then the packaged models are looked at. What was found before is returned as it is.
+    `name` is a folder, `user/name`, or `user/name@revision`, each perhaps with a kind before it, see [`split_kind`]. A
+    local folder is taken as it is. Otherwise the Hub is asked once, with a short timeout and not at all under
+    `HF_HUB_OFFLINE=1`; when it does not answer, the Hub's cache and then the packaged models are looked at. What was
+    found before is returned as it is.
 
     Raises:
         InputError: If there is no such model, or it is neither local nor reachable.
     """
     if isinstance(name, ModelSource):
         return name
-    found = _find(os.fspath(name), revision)
+    kind, text = split_kind(os.fspath(name))
+    found = replace(_find(text, revision), kind=kind)
     note_source("model", found.name, lambda: {"files": model_files(found.folder)}, found.revision)
     return found
+
+
+def split_kind(name: str) -> tuple[str | None, str]:
+    """`"lexical:user/name"` as `("lexical", "user/name")`; None for names without such a prefix.
+
+    A bare masked language model may be meant as a dense or as a lexical one (SPLADE): `dense:` or `lexical:` says it.
+    """
+    kind, _, rest = name.partition(":")
+    return (kind, rest) if rest and kind in _KINDS and not Path(name).exists() else (None, name)
 
 
 def model_files(folder: str | os.PathLike) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..console import get_logger
 from ..errors import InputError
 from .backbones import block_list, freeze_unused, is_adapted
 from .base import RetrievalModel
@@ -18,6 +19,8 @@ from .lexical import LexicalRetriever
 from .loading import config_of_layers, quiet_transformers
 from .multi_vector import MultiVectorRetriever
 
+
+logger = get_logger(__name__)
 
 # Settings that can change on a model that is open already.
 _READING = ("query_prompt", "passage_prompt", "template", "temperature")
@@ -49,7 +52,7 @@ def student_from(
     """
     spec = str(spec)
     if not spec.startswith("layers:"):
-        return load_model(spec, revision=revision, **overrides)
+        return _load(spec, revision, overrides)[0]
     wanted = _parse(spec)
     if teacher is None:
         raise InputError("there is no teacher to take layers from", where=f"student {spec!r}", cure="Name a teacher")
@@ -87,16 +90,31 @@ def load_model(name: str | Path, *, revision: str | None = None, **overrides: An
     """Opens a retriever or a cross-encoder, whichever the files describe.
 
     Args:
-        name: Model id or folder.
+        name: Model id or folder. A masked language model without further files is read as a dense model, with a
+            warning; `"lexical:ID"` reads it as a lexical one (the first SPLADE models are published so), and
+            `"dense:ID"` says that a dense one is meant.
         revision: Branch, tag or commit on the Hub.
         overrides: `dtype`, `attn_implementation` and settings, as the archetype's `from_pretrained` takes them.
     """
+    model, is_guess = _load(name, revision, overrides)
+    if is_guess:
+        logger.warning(
+            "%s is a masked language model that does not say what vectors it makes. It is read as a dense model, the "
+            "mean of its tokens. If its terms are meant (SPLADE), write lexical:%s, else dense:%s.",
+            *[name] * 3,
+        )
+    return model
+
+
+def _load(name: str | Path, revision: str | None, overrides: dict[str, Any]) -> tuple[RetrievalModel, bool]:
+    """The model, and whether nothing says that it is of this kind."""
     from . import layouts
     from .source import find_model
 
     source = find_model(name, revision)
     layout = layouts.read_layout(source.folder, source.name)
-    return _ARCHETYPES[layout.kind].from_pretrained(source, **overrides)
+    model = _ARCHETYPES[source.kind or layout.kind].from_pretrained(source, **overrides)
+    return model, layout.is_guess and source.kind is None
 
 
 def layer_positions(count: int, total: int, choice: str = "first") -> list[int]:

@@ -178,6 +178,10 @@ def check_ids(recipe: Recipe, names: Sequence[str]) -> None:
 def _check_id(name: str, revision: str | None, sort: str, where: str) -> None:
     from huggingface_hub import HfApi, constants, errors
 
+    if sort == MODEL:
+        from ..models.source import find_model, split_kind
+
+        name = split_kind(name)[1]
     absent = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)
     try:
         if not constants.HF_HUB_OFFLINE:
@@ -190,8 +194,6 @@ def _check_id(name: str, revision: str | None, sort: str, where: str) -> None:
             except Exception:  # the Hub does not answer: what is here already must do
                 pass
         if sort == MODEL:
-            from ..models.source import find_model
-
             find_model(name, revision)
         else:
             from ..data import load_collection

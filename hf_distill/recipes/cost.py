@@ -201,7 +201,8 @@ class Cost:
                 return self._model(below, layers or settings.get("layers"), kind, length)
         from ..models.source import find_model
 
-        config = read_json(find_model(origin).folder / "config.json")
+        source = find_model(origin)
+        config, kind = read_json(source.folder / "config.json"), kind or source.kind
         if kind is None and "SequenceClassification" in str(config.get("architectures")):
             kind = "cross_encoder"
         model = Model.of_config(config, layers)
