@@ -15,6 +15,7 @@ from hf_distill.errors import InputError
 from hf_distill.hub.cards import on_hub
 from hf_distill.models import DenseRetriever, LexicalRetriever, load_model, student_from
 from hf_distill.models.lexical import pooled_mask, splade_max
+from hf_distill.models.loading import start_masked_lm_head
 from hf_distill.models.token_maximum import token_maximum
 from tests.model_zoo import TEXTS, batch_of, save_tiny, tokenizer_for, vectors
 
@@ -279,6 +280,15 @@ def test_a_new_head_passes_hidden_states_on(tiny_bert):
     assert other.weights_fingerprint() != model.weights_fingerprint()
     with pytest.raises(InputError, match="no start"):
         LexicalRetriever.from_pretrained(tiny_bert, new_head="magic")
+
+
+@pytest.mark.parametrize("family", ["modernbert", "albert"])
+def test_heads_that_cannot_pass_hidden_states_on(folders, family):
+    model = LexicalRetriever.from_pretrained(folders[family])
+    before = model.weights_fingerprint()
+    with pytest.raises(InputError, match="the masked-LM head .*Use random"):
+        start_masked_lm_head(model.backbone, "identity")
+    assert model.weights_fingerprint() == before
 
 
 def test_a_saved_model_is_no_dense_one(folders, tmp_path):

@@ -270,9 +270,14 @@ def start_masked_lm_head(model: PreTrainedModel, how: str) -> None:
     Args:
         model: The model.
         how: `"random"` as transformers does it, or `"identity"`: the linear layer before the vocabulary matrix passes
-            hidden states on. A shift carries them over the bend of the activation, and the layer norm behind it takes
-            the shift away. All terms get one bias, low enough that a text has about a hundredth of them above 0: the
-            softmax of masked language modelling does not see it, and a lexical model begins sparse.
+            hidden states on. A shift (the layer's bias) carries them over the bend of the activation, and the layer
+            norm behind it takes the shift away. All terms get one bias, low enough that a text has about a hundredth
+            of them above 0: the softmax of masked language modelling does not see it, and a lexical model begins
+            sparse.
+
+    Raises:
+        InputError: For another start, or where the head cannot pass hidden states on: without one square layer
+            (ALBERT), or where this layer has no bias to shift by (ModernBERT).
     """
     if how == "random":
         return
@@ -291,10 +296,13 @@ def start_masked_lm_head(model: PreTrainedModel, how: str) -> None:
             where="new_head",
             cure="Use random",
         )
+    if square[0].bias is None:
+        raise InputError(
+            "the masked-LM head has no bias, so it cannot pass hidden states on", where="new_head", cure="Use random"
+        )
     with torch.no_grad():
         square[0].weight.copy_(torch.eye(len(square[0].weight)))
-        if square[0].bias is not None:
-            square[0].bias.fill_(_SHIFT)
+        square[0].bias.fill_(_SHIFT)
         if output.bias is not None:
             output.bias.zero_()
             ids = torch.randint(output.out_features, (8, 32), generator=torch.Generator().manual_seed(0))
