@@ -216,6 +216,8 @@ def test_what_is_refused(micro, tiny_bert, tmp_path, capsys):
     assert "no index of a lexical model" in refusal(capsys, *lexical, "--index", "IVF4,Flat")
     assert "unknown settings ['pooling']" in refusal(capsys, *lexical, "--pooling", "cls")
     assert "of is 'passages'" in refusal(capsys, *lexical, "--losses", "[{name: flops, of: passages}]")
+    apart = [*lexical, "--losses", "[contrastive, {name: flops, positives_apart: true}]", "--num_negatives", "0"]
+    assert "there are no negatives" in refusal(capsys, *apart)
     inner = [*lexical, "--pooled_tokens", "inner", "--template", "{title}[SEP]{text}"]
     assert "cannot be expressed" in refusal(capsys, *inner)
     assert "either --data" in refusal(capsys, "pretrain", "--model", tiny_bert, *out)

@@ -154,7 +154,7 @@ def test_positives_may_be_regularised_apart(tiny_bert, rows, tmp_path):
     assert history_of(trainer)[0]["flops"] == pytest.approx(expected.item(), rel=1e-4)
     alone = arguments(tmp_path, losses=json.dumps(losses), max_steps=1, num_negatives=0)
     with pytest.raises(InputError, match="there are no negatives"):
-        RetrievalTrainer(lexical(tiny_bert), alone, rows=rows).train()
+        RetrievalTrainer(lexical(tiny_bert), alone, rows=rows)
     with pytest.raises(ValueError, match="needs passage_counts"):
         sparsity_loss(queries, passages.flatten(0, 1), positives_apart=True)
 

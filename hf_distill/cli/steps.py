@@ -226,6 +226,7 @@ def check_training(
     from ..losses import parse_terms
     from ..trainers.base import check_batch, read_losses, read_sources
     from ..trainers.retrieval import check_positives, check_terms
+    from ..trainers.sparsity import check_apart
 
     row_sets.mining_options(row_options, args.seed)
     row_sets.check_streaming(row_options)
@@ -245,6 +246,7 @@ def check_training(
     read_sources(args)
     if terms is not None:
         check_terms(terms, representation=model.representation, teachers=teachers or {})
+        check_apart(terms, args.num_negatives)
     for measure in args.eval_measures.split(","):
         parse_measure(measure)
     check_index(index, model)

@@ -45,7 +45,9 @@ class RetrievalOptions(CommonOptions):
         "first", "Which positive of a row is used in an epoch.", choices=["first", "random", "rotate"]
     )
     negative_sources: str | None = option(
-        None, 'Weights of the pool\'s sources as JSON, for example \'{"bm25": 1, "dense": 2}\'. Default: all alike.'
+        None,
+        'Weights of the pool\'s sources as JSON, for example \'{"bm25": 1, "dense": 2}\'; sources that are not named '
+        "are not drawn from. Default: every document alike.",
     )
     shuffle_buffer: int = option(
         10_000, "Streamed rows that are shuffled together. 0: rows in the order of their files."

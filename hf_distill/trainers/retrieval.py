@@ -16,7 +16,7 @@ from ..models.base import RetrievalModel
 from ..models.candidates import candidate_layout
 from .arguments import RetrievalTrainingArguments
 from .base import BaseTrainer, read_losses
-from .sparsity import active_terms, look_at_sparsity, sparsity
+from .sparsity import active_terms, check_apart, look_at_sparsity, sparsity
 
 
 class BatchScores:
@@ -154,6 +154,7 @@ class RetrievalTrainer(BaseTrainer):
         self.is_lexical = model.representation == "sparse"
         terms = self.parse_losses(args)
         check_terms(terms, representation=model.representation, teachers=self.teachers)
+        check_apart(terms, args.num_negatives)
         if kwargs.get("rows") is not None:
             check_positives(terms, kwargs["rows"])
         self.prepare_model(model, terms, args.seed)

@@ -24,25 +24,26 @@ def sparsity(term: LossTerm, output: Any, batch: Mapping[str, Any]) -> torch.Ten
         term: A term on `representations`.
         output: What the student's forward returned.
         batch: The collator's batch.
-
-    Raises:
-        InputError: If positives are to be kept apart from negatives and there are none.
     """
     counts = {f"{kind}_counts": _counts(output, batch, kind) for kind in ("query", "passage")}
     if term.options.get("positives_apart"):
         layout = batch["passage_index"].view(len(batch["query_index"]), -1)
-        if layout.shape[1] < 2:
-            raise InputError(
-                "positives_apart compares positives with first negatives, and there are no negatives",
-                where="loss 'flops'",
-                cure="Give num_negatives 1 or more, or leave positives_apart out",
-            )
         columns = (layout[:, column] for column in (0, 1))
         counts |= {
             name: torch.bincount(column, minlength=len(output.passage))
             for name, column in zip(("passage_counts", "negative_counts"), columns)
         }
     return term.loss.function(output.query, output.passage, **term.options, **counts, reduce=mean_over_processes)
+
+
+def check_apart(terms: Mapping[str, LossTerm], num_negatives: int) -> None:
+    """Raises [`InputError`] if positives are to be kept apart from negatives and there are none."""
+    if num_negatives < 1 and any(term.options.get("positives_apart") for term in terms.values()):
+        raise InputError(
+            "positives_apart compares positives with first negatives, and there are no negatives",
+            where="loss 'flops'",
+            cure="Give num_negatives 1 or more, or leave positives_apart out",
+        )
 
 
 def _counts(output: Any, batch: Mapping[str, Any], kind: str) -> torch.Tensor:
