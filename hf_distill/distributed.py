@@ -214,14 +214,19 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return any(hasattr(one, "ds_id") or hasattr(one, "full_tensor") for one in model.parameters())
 
 
-def all_finite(model: torch.nn.Module) -> bool:
+def all_finite(model: torch.nn.Module, device: torch.device) -> bool:
     """Whether all parameters are numbers, also where they are divided over processes.
 
     All processes must come here together.
+
+    Args:
+        model: The model.
+        device: Where this process talks to the others; an engine may keep the parameters elsewhere.
     """
     parts = (getattr(one, "ds_tensor", one).detach() for one in model.parameters())
     local = (one.to_local() if hasattr(one, "to_local") else one for one in parts)
-    return not sum_over_processes(sum((~torch.isfinite(one)).any().long() for one in local)).item()
+    broken = sum((~torch.isfinite(one)).any().long() for one in local)
+    return not sum_over_processes(broken.to(device)).item()
 
 
 def skeleton(model: torch.nn.Module) -> torch.nn.Module:

@@ -252,7 +252,7 @@ class BaseTrainer(PublishingTrainer, ABC):
         """Weighs a mean over this batch so that averaging processes gives the mean over the joint batch.
 
         Args:
-            loss: Mean over the queries, or the pairs of candidates, that count.
+            loss: Mean over the queries, pairs of candidates or tokens that count.
             counted: Boolean, of any shape: which of them count.
             candidates: With `"global"` every process has computed the joint mean already, and only the gradient,
                 which flows through local rows alone, is multiplied by the number of processes.
@@ -278,7 +278,7 @@ class BaseTrainer(PublishingTrainer, ABC):
             InputError: If one of the parts that must be is no number, or a weight.
         """
         self._check_parts({name: value for name, value in self._means().items() if name in self.must_be_finite})
-        if not all_finite(self.accelerator.unwrap_model(self.model)):
+        if not all_finite(self.accelerator.unwrap_model(self.model), self.args.device):
             raise self._not_finite("weights", "some of them")
 
     def _means(self) -> dict[str, float]:

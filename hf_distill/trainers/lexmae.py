@@ -10,7 +10,6 @@ import torch
 from ..console import get_logger
 from ..data.masking import CorpusTexts, MaskingCollator, StreamedTexts
 from ..data.tables import Corpus
-from ..distributed import sum_over_processes, world_size
 from ..errors import InputError
 from ..losses.combine import LossTerm
 from ..models.lexmae import LexMAEForPreTraining
@@ -89,23 +88,18 @@ class LexMAEPretrainer(BaseTrainer):
         return {}
 
     def loss_parts(self, model: Any, output: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        # Means over the tokens of the joint batch, not of each process's.
         labels = batch["tokens"][STUDENT]
-        parts = {"encoder_loss": output.encoder_loss * _weight_of_this_process(labels["labels"])}
-        if output.decoder_loss is not None:
-            parts["decoder_loss"] = output.decoder_loss * _weight_of_this_process(labels["decoder_labels"])
-        return parts
+        losses = {
+            "encoder_loss": (output.encoder_loss, "labels"),
+            "decoder_loss": (output.decoder_loss, "decoder_labels"),
+        }
+        return {
+            name: self.reduce_counted(loss, labels[which] >= 0, candidates="own")
+            for name, (loss, which) in losses.items()
+            if loss is not None
+        }
 
     @property
     def must_be_finite(self) -> tuple[str, ...]:
         return ("encoder_loss", "decoder_loss")
-
-
-def _weight_of_this_process(labels: torch.Tensor) -> torch.Tensor | float:
-    """How many tokens it has to predict, relative to the mean over processes.
-
-    Weighted so, the mean over processes of their mean losses is the mean over all tokens of the joint batch.
-    """
-    if world_size() == 1:
-        return 1.0
-    tokens = (labels >= 0).sum()
-    return tokens * world_size() / sum_over_processes(tokens).clamp(min=1)
